@@ -1,0 +1,72 @@
+"""The tensor operations a cached graph is made of, in plain torch.
+
+They are called with ``torch.fx`` proxies when a graph is built, and with tensors by whoever wants to check them.
+Shapes: stream and updates [B, N, C]; index [B, n] (int64); stamps [B, N, m+1] (float32); score [B, N] (float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def token_rows(index: Tensor, batch: int, tokens: int) -> Tensor:
+    """Row numbers [B·n] of the selected tokens in a tensor whose batch and token axes are flattened."""
+    first = torch.arange(0, batch * tokens, tokens, device=index.device)
+    return (index + first.unsqueeze(1)).flatten()
+
+
+def take_tokens(value: Tensor, rows: Tensor, batch: int, kept: int) -> Tensor:
+    """The selected tokens [B, n, …] of ``value`` [B, N, …]: whole rows, one copy each."""
+    return value.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, kept))
+
+
+def put_tokens(value: Tensor, rows: Tensor, new: Tensor, batch: int, tokens: int) -> Tensor:
+    """``value`` [B, N, …] with the selected tokens replaced by ``new`` [B, n, …]; the others are bit-identical."""
+    return value.flatten(0, 1).index_copy(0, rows, new.flatten(0, 1)).unflatten(0, (batch, tokens))
+
+
+def select_tokens(scores: Tensor, kept: int, selection: str, batch: int) -> Tensor:
+    """Index [B, n] of the ``kept`` best tokens by ``scores`` [B or 1, N], one set per sample, guidance pair or batch."""
+    if selection == "batch":
+        scores = scores.mean(0, keepdim=True)
+    elif selection == "pair":
+        first, second = scores.expand(batch, -1).chunk(2, 0)
+        scores = torch.cat([first + second, first + second])
+    return torch.topk(scores, kept, dim=1, sorted=False).indices.expand(batch, -1)
+
+
+def forecast_weights(stamps: Tensor, step: Tensor, order: int) -> list[Tensor]:
+    """Weights [B, N, 1] of a token's last m+1 updates whose sum extrapolates to ``step`` (Newton form, SPEC section 4).
+
+    A stamp is the step at which that update was computed, -1 for never; a token with fewer values than m+1 gets the
+    order it has values for. The weights sum to 1.
+    """
+    s0, s1 = stamps[..., 0:1], stamps[..., 1:2]
+    slope = torch.where(s1 >= 0, (step - s0) / (s0 - s1), 0.0)
+    if order == 1:
+        return [1.0 + slope, -slope]
+    s2 = stamps[..., 2:3]
+    bend = torch.where(s2 >= 0, (step - s0) * (step - s1) / (s0 - s2), 0.0)
+    newer = torch.where(s2 >= 0, bend / (s0 - s1), 0.0)
+    older = torch.where(s2 >= 0, bend / (s1 - s2), 0.0)
+    return [1.0 + slope + newer, -slope - newer - older, older]
+
+
+def add_forecast(stream: Tensor, updates: Sequence[Tensor], stamps: Tensor | None, step: Tensor, order: int) -> Tensor:
+    """``stream`` plus what each token's block would have added: its last update (order 0), or the extrapolated one."""
+    if order == 0 or stamps is None:
+        return stream + updates[0]
+    total = stream.float()
+    for update, weight in zip(updates, forecast_weights(stamps, step, order), strict=True):
+        total = torch.addcmul(total, update.float(), weight)
+    return total.type_as(stream)
+
+
+def update_score(update: Tensor, previous: Tensor | None) -> Tensor:
+    """Norm over channels of an update, or of its change since the ``previous`` one: float32, one value a token."""
+    if previous is None:
+        return torch.linalg.vector_norm(update.float(), dim=-1)
+    return torch.linalg.vector_norm(update.float() - previous.float(), dim=-1)

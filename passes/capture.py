@@ -1,0 +1,207 @@
+"""Capture: run the model once, then export it with every block replaced by one opaque call.
+
+The eager run tells how each block is called (and fills lazy caches, such as rotary tables, that a cold capture would break).
+The export then sees one ``tokencache_compile::block`` node per block, so capture time does not grow with depth, whatever
+stands inside the blocks. :mod:`outline` exports the distinct blocks themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule
+from torch.utils import _pytree as pytree
+
+from tokencache_compile.errors import InputError, UnsupportedModelError
+from tokencache_compile.ir import BlockCall, Capture
+
+
+@torch.library.custom_op("tokencache_compile::block", mutates_args=())
+def block_op(tensors: list[Tensor], spec: str) -> list[Tensor]:
+    """Stands for one call of one block in a skeleton; ``spec`` is JSON: its index and what it returns."""
+    raise RuntimeError("a block call of a skeleton graph is not meant to run")
+
+
+@block_op.register_fake
+def _(tensors: list[Tensor], spec: str) -> list[Tensor]:
+    outputs = json.loads(spec)["outputs"]
+    return [tensors[0].new_empty(shape, dtype=getattr(torch, dtype)) for shape, dtype in outputs]
+
+
+BLOCK_OP = torch.ops.tokencache_compile.block.default
+
+
+def candidate_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Members of the model's outermost ``ModuleList`` s that own parameters, by module path, in definition order."""
+    lists: list[str] = []
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists.append(name)
+            found |= {f"{name}.{key}": child for key, child in module.named_children() if any(True for _ in child.parameters())}
+    return found
+
+
+def _keeps_a_stream(call: BlockCall) -> bool:
+    """A block returns a tensor of the shape and type of one it was given, with batch, token and channel axes."""
+    given = {(t.shape, t.dtype) for t in call.tensors if t.is_floating_point() and t.dim() >= 3}
+    return any((t.shape, t.dtype) in given for t in call.output_tensors)
+
+
+@contextmanager
+def _recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> Iterator[None]:
+    owner = threading.get_ident()
+
+    def record(fqn: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if threading.get_ident() != owner:
+                return
+            leaves, in_spec = pytree.tree_flatten((args, kwargs))
+            outputs, out_spec = pytree.tree_flatten(output)
+            calls.append(BlockCall(fqn, module, tuple(leaves), in_spec, tuple(outputs), out_spec))
+
+        return hook
+
+    with ExitStack() as stack:
+        for fqn, module in candidates.items():
+            handle = module.register_forward_hook(record(fqn), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _opaque(calls: tuple[BlockCall, ...]) -> Iterator[None]:
+    """Within this context, and in this thread, the blocks' forward is a call of :data:`BLOCK_OP`."""
+    owner = threading.get_ident()
+
+    def stub(index: int, call: BlockCall) -> Any:
+        outputs = [(list(t.shape), str(t.dtype).removeprefix("torch.")) for t in call.output_tensors]
+        spec = json.dumps({"block": index, "outputs": outputs})
+
+        original = call.module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != owner:
+                return original(*args, **kwargs)
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            results = iter(block_op(tensors, spec))
+            return pytree.tree_unflatten([next(results) if isinstance(o, Tensor) else o for o in call.outputs], call.out_spec)
+
+        return forward
+
+    with ExitStack() as stack:
+        for index, call in enumerate(calls):
+            had_own = call.module.__dict__.get("forward")
+            call.module.__dict__["forward"] = stub(index, call)
+            if had_own is None:
+                stack.callback(call.module.__dict__.pop, "forward")
+            else:
+                stack.callback(call.module.__dict__.__setitem__, "forward", had_own)
+        yield
+
+
+def lifted_names(exported: torch.export.ExportedProgram) -> dict[str, tuple[InputKind, str]]:
+    """Placeholder name → (kind, module path) of the weights, buffers and constants that export made inputs."""
+    return {
+        spec.arg.name: (spec.kind, spec.target or "")
+        for spec in exported.graph_signature.input_specs
+        if spec.kind is not InputKind.USER_INPUT
+    }
+
+
+def drop_checks(graph: Graph) -> None:
+    """Erase export's own assertions: they carry no value, and a P-step breaks the sizes some of them state."""
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and "assert" in str(node.target):
+            graph.erase_node(node)
+
+
+def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphModule:
+    """The exported graph with weights read by ``get_attr`` and the tensor inputs alone as placeholders."""
+    lifted = lifted_names(exported)
+    graph = Graph()
+    root: dict[str, Any] = {}
+    env: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in lifted:
+                if not node.users:
+                    continue
+                kind, target = lifted[node.name]
+                root[target] = exported.constants[target] if target in exported.constants else exported.state_dict[target]
+                env[node] = graph.get_attr(target)
+            elif isinstance(node.meta.get("val"), Tensor):
+                env[node] = graph.placeholder(node.name)
+            else:
+                continue  # a constant argument (None, a flag): nothing reads it
+            env[node].meta = dict(node.meta)
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    drop_checks(graph)
+    if len([n for n in graph.nodes if n.op == "placeholder"]) != num_inputs:
+        raise UnsupportedModelError("the model", "its exported graph does not take its tensor inputs one by one", "Pass plain tensors.")
+    return GraphModule(root, graph)
+
+
+def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
+    """Capture ``model`` for the signature of ``kwargs``.
+
+    Args:
+        model: a transformer in eval mode.
+        kwargs: keyword arguments of one forward call but ``return_dict``; tensors fix shapes, dtypes and device, everything
+            else is constant.
+
+    Returns:
+        The skeleton, the block calls of the eager run and its tensors in and out.
+
+    Raises:
+        InputError: the model itself refuses ``kwargs``.
+        UnsupportedModelError: no block that keeps a token stream was found, or ``torch.export`` cannot capture the model.
+    """
+    has_switch = "return_dict" in inspect.signature(model.forward).parameters
+    candidates = candidate_blocks(model)
+    calls: list[BlockCall] = []
+    with torch.no_grad():
+        try:
+            with _recording(candidates, calls):
+                result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
+        except Exception as error:
+            raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error
+        kept = tuple(call for call in calls if _keeps_a_stream(call))
+        if not kept:
+            raise UnsupportedModelError(
+                type(model).__name__,
+                f"no repeated block was found among {len(candidates)} members of its ModuleLists that returns a token "
+                "stream of the shape it was given",
+                "TokenCache needs a stack of residual transformer blocks in a torch.nn.ModuleList.",
+            )
+        names = [call.fqn for call in kept]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UnsupportedModelError(twice, "the block is called more than once in a forward pass", "Its updates have no single cache.")
+        try:
+            with _opaque(kept):
+                exported = torch.export.export(model, (), {**kwargs, "return_dict": False} if has_switch else dict(kwargs), strict=False)
+        except Exception as error:
+            raise UnsupportedModelError(
+                type(model).__name__,
+                f"torch.export cannot capture what stands around its blocks: {error}",
+                "See docs/architecture.md, capture.",
+            ) from error
+    inputs = tuple(leaf for leaf in pytree.tree_leaves(((), dict(kwargs))) if isinstance(leaf, Tensor))
+    outputs, output_spec = pytree.tree_flatten(result)
+    if not all(isinstance(leaf, Tensor) for leaf in outputs):
+        raise UnsupportedModelError(
+            type(model).__name__, "it returns values that are not tensors", "Wrap it in a module that returns tensors."
+        )
+    skeleton = _skeleton(exported, len(inputs))
+    input_names = tuple(node.name for node in skeleton.graph.nodes if node.op == "placeholder")
+    return Capture(skeleton, kept, input_names, inputs, tuple(outputs), output_spec)

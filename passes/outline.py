@@ -1,0 +1,140 @@
+"""Outline: export each *distinct* block once, with a symbolic token count, and bind every block to its structure.
+
+Blocks are of one structure when their modules agree in classes, simple attributes and weight shapes, and when they are called
+alike. ``verify.same_as_eager`` later runs the whole program against the eager model, so that a wrong guess cannot pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from tokencache_compile.errors import UnsupportedModelError
+from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
+from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, lifted_names
+
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype)
+
+
+def _simple_attributes(module: nn.Module) -> tuple[Any, ...]:
+    values = {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "training"}
+    return tuple(sorted((k, repr(v)) for k, v in values.items() if isinstance(v, _SIMPLE) or inspect.isfunction(v)))
+
+
+def structure_key(call: BlockCall) -> tuple[Any, ...]:
+    """Equal for two calls whose blocks run the same code on tensors of the same shapes."""
+    modules = tuple((name, type(m), _simple_attributes(m)) for name, m in call.module.named_modules())
+    tensors = [*call.module.named_parameters(), *call.module.named_buffers()]
+    weights = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
+    leaves = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in call.leaves)
+    return modules, weights, leaves, str(call.in_spec), str(call.out_spec)
+
+
+def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
+    """``Dim.AUTO`` for every axis of every tensor argument, in the shape torch.export wants it."""
+    auto = [{axis: Dim.AUTO for axis in range(v.dim())} if isinstance(v, Tensor) else None for v in call.leaves]
+    args, kwargs = pytree.tree_unflatten(auto, call.in_spec)
+    shapes: dict[str, Any] = {}
+    parameters = list(inspect.signature(call.module.forward).parameters.values())
+    for position, value in enumerate(args):
+        parameter = parameters[min(position, len(parameters) - 1)]
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            shapes[parameter.name] = (*shapes.get(parameter.name, ()), value)
+        else:
+            shapes[parameter.name] = value
+    return shapes | kwargs
+
+
+def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
+    args, kwargs = pytree.tree_unflatten([v.detach().contiguous() if isinstance(v, Tensor) else v for v in call.leaves], call.in_spec)
+    # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
+    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+        return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
+
+
+def _body(name: str, call: BlockCall) -> Body:
+    """The block as a graph ``(*weights, *tensor inputs) -> tensor outputs``."""
+    try:
+        exported = _export_block(call)
+    except Exception as error:
+        raise UnsupportedModelError(
+            call.fqn, f"torch.export cannot capture the block with a free token count: {error}", "Its tokens are not separable."
+        ) from error
+    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs):
+        raise UnsupportedModelError(
+            call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."
+        )
+    lifted = lifted_names(exported)
+    graph = Graph()
+    root: dict[str, Any] = {}
+    env: dict[Node, Node] = {}
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    weights = [n for n in placeholders if n.name in lifted and lifted[n.name][0] in (InputKind.PARAMETER, InputKind.BUFFER) and n.users]
+    inputs = [n for n in placeholders if n.name not in lifted and isinstance(n.meta.get("val"), Tensor)]
+    for node in (*weights, *inputs):
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in lifted and node.users and node not in env:
+                target = lifted[node.name][1]
+                root[target] = exported.constants[target]
+                env[node] = graph.get_attr(target)
+                env[node].meta = dict(node.meta)
+        elif node.op == "output":
+            graph.output(tuple(env[value] for value in node.args[0] if isinstance(value, Node)))
+        elif _is_inactive_dropout(node) or _is_cast_to_own_dtype(node):
+            env[node] = env[node.args[0]]
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    drop_checks(graph)
+    graph.eliminate_dead_code()
+    graph_module = GraphModule(root, graph)
+    names = tuple(lifted[node.name][1] for node in weights)
+    return Body(name, graph_module, names, len(inputs), len(call.output_tensors))
+
+
+def _is_inactive_dropout(node: Node) -> bool:
+    return node.target is torch.ops.aten.dropout.default and not node.args[2]
+
+
+def _is_cast_to_own_dtype(node: Node) -> bool:
+    """``x.to(x.dtype)`` returns ``x`` itself."""
+    return node.target is torch.ops.aten.to.dtype and node.args[0].meta["val"].dtype == node.args[1] and not any(node.args[2:])  # type: ignore[union-attr]
+
+
+def block_call_index(node: Node) -> int:
+    """Which block a block-call node of a skeleton stands for."""
+    return int(json.loads(str(node.args[1]))["block"])
+
+
+def outline(captured: Capture, model: nn.Module) -> BlockProgram:
+    """Split a capture into the skeleton, its distinct bodies and the blocks that use them.
+
+    Raises:
+        UnsupportedModelError: a block cannot be exported with a free token count.
+    """
+    nodes = {block_call_index(n): n for n in captured.skeleton.graph.nodes if n.target is BLOCK_OP}
+    keys: dict[tuple[Any, ...], int] = {}
+    bodies: list[Body] = []
+    blocks: list[Block] = []
+    for index, call in enumerate(captured.calls):
+        key = structure_key(call)
+        if key not in keys:
+            keys[key] = len(bodies)
+            bodies.append(_body(f"body_{len(bodies)}", call))
+        blocks.append(Block(index, call.fqn, keys[key], nodes[index].name))
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    note = f"outline: {len(blocks)} blocks of {len(bodies)} structure(s)"
+    program = BlockProgram(captured.skeleton, tuple(bodies), tuple(blocks), tensors, captured.input_names)
+    return replace(program, provenance=(f"capture: {len(captured.calls)} block calls", note))

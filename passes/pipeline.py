@@ -1,0 +1,84 @@
+"""The passes in their order: from a model and one call of it to its step programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencache_compile.ir import BlockProgram, CacheUnit, StepProgram
+from tokencache_compile.passes.analysis import analyse
+from tokencache_compile.passes.cached_step import make_cached
+from tokencache_compile.passes.capture import capture
+from tokencache_compile.passes.fold_skipped import fold_skipped
+from tokencache_compile.passes.full_step import make_full
+from tokencache_compile.passes.outline import outline
+from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_step
+from tokencache_compile.plan import CacheConfig, CachePlan, resolve_plan
+from tokencache_compile.predictor import CachePredictor
+
+
+@dataclass(frozen=True)
+class StepPrograms:
+    """Everything compiled for one input signature.
+
+    Attributes:
+        full: the I-step.
+        cached: a P-step for each keep profile of the plan; empty where nothing is cached.
+        macs: MACs of the I-step and of each P-step, predictor included.
+    """
+
+    program: BlockProgram
+    plan: CachePlan
+    units: tuple[CacheUnit, ...]
+    full: StepProgram
+    cached: tuple[StepProgram, ...]
+    macs_full: int
+    macs_cached: tuple[int, ...]
+    output_spec: Any
+
+    @property
+    def random_shape(self) -> tuple[int, int]:
+        """[L cached, N]: scores of the ``random`` scorer."""
+        return (self.plan.num_cached, self.plan.tokens)
+
+    def initial_caches(self, device: torch.device) -> list[Tensor]:
+        """The caches of a new request."""
+        return [torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device) for spec in self.full.caches]
+
+
+def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
+    """Capture → outline → analyse → plan → fold → I-step and P-steps, verified after each.
+
+    Args:
+        kwargs: keyword arguments of one call; see :func:`capture`.
+
+    Raises:
+        InputError, UnsupportedModelError, ConfigError: see the passes.
+    """
+    captured = capture(model, kwargs)
+    program = outline(captured, model)
+    verify_blocks(program)
+    program = analyse(program, captured)
+    must_share = any(body.known_roles.needs_shared_index for body in program.bodies)
+    stream = program.known_stream
+    plan = resolve_plan(config, len(program.blocks), stream.tokens, must_share, stream.batch)
+    if predictor is not None:
+        first = program.blocks[0]
+        names = program.body_of(first).weight_names
+        shapes = {n: tuple(program.tensors[f"{first.fqn}.{n}"].shape) for n in names}
+        predictor.check_fits(stream.channels, len(program.blocks), shapes)
+    caching = plan.config.ratio > 0
+    units = fold_skipped(program, plan) if caching else ()
+    extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
+    full = make_full(program, plan, units, extras)
+    cached = tuple(make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
+    random_shape = (plan.num_cached, plan.tokens)
+    macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
+    steps = StepPrograms(program, plan, units, full, cached, macs_full, tuple(macs_cached), captured.output_spec)
+    initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
+    same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
+    return steps

@@ -1,0 +1,128 @@
+"""Regions: what a step does for one block, as a graph of its own that every block of the same structure calls.
+
+A region takes its weights as inputs, so blocks of one structure and one keep count share it: the compiler sees it once
+(``torch.compiler.nested_compile_region``) however deep the model is. No region returns one of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from tokencache_compile.ir import Body, Stream
+from tokencache_compile.passes.cache_ops import add_forecast, put_tokens, take_tokens, token_rows, update_score
+from tokencache_compile.passes.context import BodyCopy
+from tokencache_compile.plan import CacheConfig
+
+
+class Region(nn.Module):
+    """A graph that ``torch.compile`` compiles once and calls from every block that uses it."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+
+    @torch.compiler.nested_compile_region
+    def forward(self, *args: Any) -> Any:
+        return self.graph_module(*args)
+
+
+class _RegionGraph:
+    """A graph under construction: plain torch code on proxies appends nodes to it."""
+
+    def __init__(self, body: Body) -> None:
+        self.graph = Graph()
+        self.tracer = GraphAppendingTracer(self.graph)
+        nodes = [n for n in body.graph_module.graph.nodes if n.op == "placeholder"]
+        copies = [self.graph.placeholder(node.name) for node in nodes]
+        self.weights, self.inputs = copies[: len(body.weight_names)], copies[len(body.weight_names) :]
+
+    def placeholder(self, name: str) -> Any:
+        return Proxy(self.graph.placeholder(name), self.tracer)
+
+    def proxy(self, node: Node) -> Any:
+        return Proxy(node, self.tracer)
+
+    def finish(self, body: Body, outputs: Sequence[Any]) -> Region:
+        self.graph.output(tuple(value.node for value in outputs))
+        self.graph.eliminate_dead_code()
+        self.graph.lint()
+        return Region(GraphModule(body.graph_module, self.graph))
+
+
+def plain_region(body: Body) -> Region:
+    """The block as it is: ``(*weights, *inputs) -> outputs``."""
+    return Region(body.graph_module)
+
+
+def full_region(body: Body, config: CacheConfig, has_score: bool) -> Region:
+    """An I-step's block: ``(*weights, *inputs, [previous update]) -> (stream, update, [score], *context caches)``.
+
+    The stream is the block's own output, bit for bit; the caches are read off beside it.
+    """
+    region = _RegionGraph(body)
+    roles = body.known_roles
+    previous = region.placeholder("previous_update") if has_score and config.scorer == "change" else None
+    copy = BodyCopy(region.graph, body, region.weights, region.inputs)
+    output = region.proxy(copy.run())
+    update = output - region.proxy(region.inputs[roles.stream_input])
+    scores = [update_score(update, previous)] if has_score else []
+    context = [region.proxy(node) for node in copy.context_values(config.context)]
+    return region.finish(body, [output, update, *scores, *context])
+
+
+def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, num_context: int) -> Region:
+    """A P-step's block: ``(*weights, *inputs, index, step, *caches) -> (stream, *caches)``.
+
+    Gathers the tokens of ``index`` [B, n], runs the body on them, scatters stream and caches back; every other token adds
+    its held or forecast update. ``caches`` are the updates, newest first, the stamps if there is a forecast, the score if
+    the scorer keeps one, and the context's caches; ``reuse`` reads its caches and does not return them.
+    """
+    region = _RegionGraph(body)
+    roles = body.known_roles
+    batch, tokens, order = stream.batch, stream.tokens, config.forecast
+    index, step = region.placeholder("index"), region.placeholder("step")
+    updates = [region.placeholder(f"update_{i}") for i in range(order + 1)]
+    stamps = region.placeholder("stamps") if order else None
+    score = region.placeholder("score") if config.scorer in ("change", "norm") else None
+    context = [region.placeholder(f"{config.context}_{i}") for i in range(num_context)]
+
+    rows = token_rows(index, batch, tokens)
+
+    def take(value: Tensor) -> Tensor:
+        return take_tokens(value, rows, batch, kept)
+
+    def put(value: Tensor, new: Tensor) -> Tensor:
+        return put_tokens(value, rows, new, batch, tokens)
+
+    kept_inputs = list(region.inputs)
+    x = region.proxy(region.inputs[roles.stream_input])
+    x_kept = take(x)
+    kept_inputs[roles.stream_input] = x_kept.node
+    for side in roles.side_inputs:
+        value = region.proxy(region.inputs[side.position])
+        if side.has_batch:
+            moved = take(value.transpose(1, side.token_dim)).transpose(1, side.token_dim)
+        else:
+            moved = value.index_select(side.token_dim, index[0])
+        kept_inputs[side.position] = moved.node
+
+    copy = BodyCopy(region.graph, body, region.weights, region.inputs, kept_inputs)
+    new_context: list[Any] = []
+    output = region.proxy(copy.run_kept(config.context, context, take, put, new_context))
+    update = output - x_kept
+    held = add_forecast(x, updates, stamps, step, order)
+    results = [put(held, output), put(updates[0], update)]
+    older = [take(value) for value in updates[: max(order, 1)]]
+    results += [put(cache, value) for cache, value in zip(updates[1:], older, strict=False)]
+    if stamps is not None:
+        now = torch.cat([step.expand(batch, kept, 1), take(stamps)[..., :order]], dim=-1)
+        results.append(put(stamps, now))
+    if score is not None:
+        results.append(put(score, update_score(update, older[0] if config.scorer == "change" else None)))
+    return region.finish(body, [*results, *new_context])

@@ -1,0 +1,42 @@
+"""Selection: scores at the head of the P-graph, and a static top-k per block.
+
+The scores [B, N] of a block come from its own score cache (``change``, ``norm``), from an input (``random``), or from the
+predictor, which sits where block 1 would see the same stream and conditioning: one node for all blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from tokencache_compile.ir import BlockProgram
+from tokencache_compile.passes.cache_ops import select_tokens
+from tokencache_compile.passes.caches import UnitCaches
+from tokencache_compile.passes.regions import plain_region
+from tokencache_compile.passes.step_graph import StepGraph
+from tokencache_compile.plan import CachePlan
+from tokencache_compile.predictor import CachePredictor
+
+
+def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePredictor, first_inputs: list[Node]) -> Any:
+    """α [B, L, N] = sigmoid(head(block 1's structure with the predictor's weights)), from block 1's own inputs."""
+    body = program.body_of(program.blocks[0])
+    tensors = {**dict(predictor.block.named_parameters()), **dict(predictor.block.named_buffers())}
+    weights = [step.weight(f"predictor.block.{name}", tensors[name]) for name in body.weight_names]
+    outputs = step.call(body.name, lambda: plain_region(body), [*weights, *first_inputs], body.num_outputs)
+    hidden = step.proxy(outputs[body.known_roles.stream_output])
+    head = [step.proxy(step.weight(f"predictor.head.{name}", tensor)) for name, tensor in predictor.head.named_parameters()]
+    return torch.sigmoid(torch.nn.functional.linear(hidden, *head)).transpose(1, 2)
+
+
+def select(step: StepGraph, plan: CachePlan, block: int, kept: int, names: UnitCaches, scores: Any, batch: int) -> Any:
+    """Index [B, n_l] of block ``block``'s kept tokens."""
+    if names.score is not None:
+        own = step.cache_in[names.score.name]
+    elif plan.config.scorer == "random":
+        own = step.extras["random_scores"][block : block + 1]
+    else:
+        own = scores[:, block]
+    return select_tokens(own, kept, plan.config.selection, batch)

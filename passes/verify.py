@@ -1,0 +1,71 @@
+"""Verify: what every program must be after a pass. A failure here is our bug, except where the model itself is not repeatable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tokencache_compile.errors import InvariantError, UnsupportedModelError
+from tokencache_compile.ir import BlockProgram, Capture, StepProgram
+from tokencache_compile.macs import MacCounter
+from tokencache_compile.passes.capture import BLOCK_OP
+
+
+def extra_inputs(step: StepProgram) -> tuple[str, ...]:
+    """Names of the graph's inputs between the model's own and the caches: step number, random scores."""
+    names = tuple(n.target for n in step.module.graph.nodes if n.op == "placeholder")
+    return tuple(str(name) for name in names[len(step.input_names) : len(names) - len(step.caches)])
+
+
+def verify_blocks(program: BlockProgram) -> None:
+    """Every block call of the skeleton has its block, body and weights."""
+    program.skeleton.graph.lint()
+    calls = [n.name for n in program.skeleton.graph.nodes if n.target is BLOCK_OP]
+    if calls != [block.node for block in program.blocks]:
+        raise InvariantError(f"the skeleton calls blocks {calls} and the program has {[b.node for b in program.blocks]}")
+    for block in program.blocks:
+        missing = [name for name in block.weight_fqns(program.body_of(block)) if name not in program.tensors]
+        if missing:
+            raise InvariantError(f"{block.fqn} lacks the weights {missing}")
+
+
+def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int]) -> int:
+    """Run the step on shapes alone: caches come out as they went in. Returns the step's MACs.
+
+    Args:
+        inputs: example inputs (only their shapes are used).
+        num_random: shape [L cached, N] of the ``random_scores`` input, if the step has one.
+    """
+    step.module.graph.lint()
+    if any(n.target is BLOCK_OP for n in step.module.graph.nodes):
+        raise InvariantError("a block call of the skeleton was left in a step graph")
+    device = inputs[0].device
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fakes = [mode.from_tensor(t) for t in inputs]
+        for name in extra_inputs(step):
+            fakes.append(torch.empty(num_random if name == "random_scores" else (), device=device))
+        fakes += [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
+        with MacCounter() as counter:
+            results = step.module(*fakes)
+    if len(results) != step.num_outputs + len(step.caches):
+        raise InvariantError(f"a step of {len(step.caches)} caches returned {len(results)} values")
+    for spec, value in zip(step.caches, results[step.num_outputs :], strict=True):
+        if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
+            raise InvariantError(f"cache {spec.name} {spec.shape} {spec.dtype} came out as {tuple(value.shape)} {value.dtype}")
+    return counter.macs
+
+
+def same_as_eager(step: StepProgram, captured: Capture, initial: Sequence[Tensor]) -> None:
+    """The I-step gives the eager model's outputs bit for bit on the captured call (``initial``: extras and caches)."""
+    with torch.no_grad():
+        results = step.module(*captured.example_inputs, *initial)
+    for got, expected in zip(results[: step.num_outputs], captured.example_outputs, strict=True):
+        if not torch.equal(torch.nan_to_num(got), torch.nan_to_num(expected)):
+            raise UnsupportedModelError(
+                "the model",
+                f"its captured graph differs from an eager run by up to {float((got - expected).abs().max()):.1e}",
+                "Its forward is not a fixed function of its inputs (random numbers, state, or a branch on values).",
+            )

@@ -1,0 +1,100 @@
+"""The public calls. :func:`transform` wraps a model; the stages it sets off are listed in ``passes/pipeline.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tokencache_compile.engine import check_backend
+from tokencache_compile.errors import ConfigError
+from tokencache_compile.plan import CacheConfig
+from tokencache_compile.predictor import CachePredictor
+from tokencache_compile.requests import SchedulerWatch
+from tokencache_compile.runtime import Dispatcher
+
+
+def transform(
+    model: Any,
+    ratio: float | None = None,
+    *,
+    config: CacheConfig | None = None,
+    predictor: CachePredictor | None = None,
+    backend: str = "inductor",
+    example_inputs: Mapping[str, Any] | None = None,
+    scheduler: Any = None,
+    **settings: Any,
+) -> Any:
+    """Make a diffusion transformer cache its tokens between sampling steps.
+
+        pipe = tokencache_compile.transform(DiTPipeline.from_pretrained("facebook/DiT-XL-2-256"), ratio=0.9)
+        images = pipe(class_labels=[207]).images
+
+    Args:
+        model: a transformer (``nn.Module`` with a ``timestep`` argument), or a diffusers pipeline that has one.
+        ratio: share of the cached blocks' tokens that a P-step does not recompute, in [0, 1].
+        config: all settings at once; see :class:`CacheConfig`. ``ratio`` and ``settings`` change single ones.
+        predictor: scores tokens instead of the training-free scorer.
+        backend: "inductor" (``torch.compile``, one frame a graph, no break) or "eager".
+        example_inputs: keyword arguments of one call, to capture and compile now and not at the first call.
+        scheduler: the sampler's scheduler, whose ``set_timesteps`` then marks each request's begin. Taken from a pipeline.
+        settings: fields of :class:`CacheConfig`, such as ``last_k=2`` or ``schedule=Schedule(every=3)``.
+
+    Returns:
+        For a model a :class:`Dispatcher` to use in its place; for a pipeline the same pipeline, its transformer replaced.
+
+    Raises:
+        ConfigError: a setting is out of range, or the model has no ``timestep`` argument.
+        InputError, UnsupportedModelError: with ``example_inputs``, as at a first call.
+    """
+    check_backend(backend)
+    known = CacheConfig.__dataclass_fields__
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(known)}.")
+    if ratio is not None:
+        settings["ratio"] = ratio
+    if predictor is not None:
+        settings.setdefault("scorer", "predictor")
+    settings_now = replace(config or CacheConfig(), **settings)
+    if (settings_now.scorer == "predictor") != (predictor is not None):
+        raise ConfigError(
+            f"scorer={settings_now.scorer!r} and {'a' if predictor is not None else 'no'} predictor were given. "
+            'Pass predictor=CachePredictor(...) together with scorer="predictor", or neither.'
+        )
+    if isinstance(model, Dispatcher):
+        raise ConfigError(
+            "this model is transformed already; transform its .model, or set its plan anew with another transform of the original."
+        )
+    if isinstance(model, nn.Module):
+        return _dispatcher(model, settings_now, backend, predictor, scheduler, example_inputs)
+    transformer = getattr(model, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise ConfigError(f"a {type(model).__name__} was given; a torch.nn.Module or a diffusers pipeline with a .transformer is needed.")
+    if isinstance(transformer, Dispatcher):
+        transformer = transformer.model
+    scheduler = scheduler or getattr(model, "scheduler", None)
+    dispatcher = _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs)
+    saved_as = model.config["transformer"]
+    model.transformer = dispatcher
+    model.register_to_config(transformer=saved_as)  # save_pretrained writes the model's own class, not the dispatcher's
+    return model
+
+
+def _dispatcher(
+    model: nn.Module,
+    config: CacheConfig,
+    backend: str,
+    predictor: CachePredictor | None,
+    scheduler: Any,
+    example_inputs: Mapping[str, Any] | None,
+) -> Dispatcher:
+    watch = SchedulerWatch()
+    if scheduler is not None:
+        watch.attach(scheduler)
+    dispatcher = Dispatcher(model, config, backend, predictor, watch)
+    if example_inputs is not None:
+        dispatcher.prepare(example_inputs)
+    return dispatcher

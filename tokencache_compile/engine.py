@@ -1,0 +1,47 @@
+"""Engines: what runs a step program. One small protocol; the dispatcher knows nothing else of a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from tokencache_compile.errors import ConfigError
+from tokencache_compile.export.inductor import compile_step
+from tokencache_compile.ir import StepProgram
+
+Backend = Literal["eager", "inductor"]
+
+
+class Engine(Protocol):
+    """Runs one step: ``(inputs, extras, caches) -> (outputs, caches)``; never writes to what it is given."""
+
+    def __call__(
+        self, inputs: Sequence[Tensor], extras: Sequence[Tensor], caches: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]: ...
+
+
+class TorchEngine:
+    """Runs the step's graph module with torch: as it is, or compiled."""
+
+    def __init__(self, step: StepProgram, compiled: bool) -> None:
+        self.num_outputs = step.num_outputs
+        self.run = compile_step(step) if compiled else step.module
+
+    def __call__(self, inputs: Sequence[Tensor], extras: Sequence[Tensor], caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        with torch.no_grad():
+            results = self.run(*inputs, *extras, *caches)
+        return list(results[: self.num_outputs]), list(results[self.num_outputs :])
+
+
+def check_backend(backend: str) -> None:
+    """Raise a ConfigError for a backend that is not there."""
+    if backend not in get_args(Backend):
+        raise ConfigError(f'backend={backend!r} was asked for; it is "inductor" (torch.compile) or "eager".')
+
+
+def make_engine(backend: str, step: StepProgram) -> Engine:
+    """The engine of ``backend`` for ``step``; compiled ones compile at their first call."""
+    return TorchEngine(step, compiled=backend == "inductor")

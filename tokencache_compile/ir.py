@@ -1,0 +1,205 @@
+"""The data types the passes hand to each other, in the order in which they appear.
+
+    model ─capture─▶ Capture ─outline─▶ BlockProgram ─analyse─▶ BlockProgram (roles known)
+          ─fold_skipped─▶ units ─make_full / make_cached─▶ StepProgram
+
+Everything is a frozen value; weights are shared with the user's model by reference, never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+StepKind = Literal["I", "P"]
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of one block, as the eager model made it: its arguments flattened by ``torch.utils._pytree``."""
+
+    fqn: str
+    module: torch.nn.Module
+    leaves: tuple[Any, ...]
+    in_spec: Any
+    outputs: tuple[Any, ...]
+    out_spec: Any
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensor arguments, in order: what a block-call node of the skeleton takes."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
+
+    @property
+    def output_tensors(self) -> tuple[Tensor, ...]:
+        return tuple(leaf for leaf in self.outputs if isinstance(leaf, Tensor))
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The model around its blocks: a graph in which every block is one opaque call, and how the blocks were called.
+
+    ``output_spec`` (a pytree) rebuilds what the model returns, its output class included, from ``example_outputs``.
+    """
+
+    skeleton: GraphModule
+    calls: tuple[BlockCall, ...]
+    input_names: tuple[str, ...]
+    example_inputs: tuple[Tensor, ...]
+    example_outputs: tuple[Tensor, ...]
+    output_spec: Any
+
+
+@dataclass(frozen=True)
+class SideInput:
+    """A tensor input of a block other than the stream that has a token axis (rotary tables, masks)."""
+
+    position: int
+    token_dim: int
+    has_batch: bool
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One self-attention of a body: the call node, and the node of the attention module's output."""
+
+    node: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the analysis found out about a body: the stream, its token axis, and what gathers along with it."""
+
+    stream_input: int
+    stream_output: int
+    token_dim: int
+    side_inputs: tuple[SideInput, ...]
+    attentions: tuple[Attention, ...]
+
+    @property
+    def needs_shared_index(self) -> bool:
+        """True where a per-token side input has no batch axis, so that all samples must keep the same tokens."""
+        return any(not side.has_batch for side in self.side_inputs)
+
+
+@dataclass(frozen=True)
+class Body:
+    """One distinct block structure as a graph ``(*weights, *inputs) -> outputs`` with a symbolic token count.
+
+    Blocks of one structure share a body and bring their own weights, so compile time follows the number of bodies.
+    """
+
+    name: str
+    graph_module: GraphModule
+    weight_names: tuple[str, ...]
+    num_inputs: int
+    num_outputs: int
+    roles: Roles | None = None
+
+    @property
+    def known_roles(self) -> Roles:
+        if self.roles is None:
+            raise AssertionError(f"{self.name} has not been analysed")
+        return self.roles
+
+
+@dataclass(frozen=True)
+class Block:
+    """Block ``index`` of the model: its module path, its body, and its node in the skeleton."""
+
+    index: int
+    fqn: str
+    body: int
+    node: str
+
+    def weight_fqns(self, body: Body) -> tuple[str, ...]:
+        return tuple(f"{self.fqn}.{name}" for name in body.weight_names)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The cached token stream: shape and dtype at the blocks, for this input signature."""
+
+    batch: int
+    tokens: int
+    channels: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class BlockProgram:
+    """The model as prologue → blocks → epilogue: a skeleton graph whose block calls refer to ``blocks``."""
+
+    skeleton: GraphModule
+    bodies: tuple[Body, ...]
+    blocks: tuple[Block, ...]
+    tensors: Mapping[str, Tensor]
+    input_names: tuple[str, ...]
+    stream: Stream | None = None
+    provenance: tuple[str, ...] = ()
+
+    @property
+    def known_stream(self) -> Stream:
+        if self.stream is None:
+            raise AssertionError("the program has not been analysed")
+        return self.stream
+
+    def body_of(self, block: Block) -> Body:
+        return self.bodies[block.body]
+
+    def shares_weights_of(self, model: torch.nn.Module) -> bool:
+        """Whether the program's weights still are the model's own parameters."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        known = {name for name, tensor in self.tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+        return known == parameters.keys() and all(self.tensors[name] is parameter for name, parameter in parameters.items())
+
+
+@dataclass(frozen=True)
+class CacheUnit:
+    """Consecutive blocks that share one cache: a single block, or a run that no P-step ever recomputes."""
+
+    first: int
+    last: int
+    skipped: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.first:02d}" if self.first == self.last else f"{self.first:02d}_{self.last:02d}"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """One cache tensor: an explicit input and output of every step graph. ``fill`` is its value in a new request."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StepProgram:
+    """A step graph ``(*inputs, step, [random_scores], *caches) -> (*outputs, *caches)``, ready for a backend."""
+
+    kind: StepKind
+    keep: tuple[int, ...]
+    module: GraphModule
+    input_names: tuple[str, ...]
+    num_outputs: int
+    caches: tuple[CacheSpec, ...]
+    provenance: tuple[str, ...] = field(default=())
+
+    def describe(self) -> str:
+        """Which passes made this program, and its graph, printed as code."""
+        return "\n".join([f"{self.kind}-step, keep {self.keep}", *self.provenance, self.module.code])

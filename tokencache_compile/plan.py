@@ -1,0 +1,151 @@
+"""What to cache: the user's wish (:class:`CacheConfig`) and, for one input signature, the static plan (:class:`CachePlan`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from tokencache_compile.errors import ConfigError
+from tokencache_compile.schedule import Schedule
+
+Context = Literal["kept", "cached", "full", "reuse"]
+Scorer = Literal["change", "norm", "random", "predictor"]
+Selection = Literal["sample", "pair", "batch"]
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} was asked for; {name} is one of {', '.join(map(repr, choices))}.")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Settings of the cache, before anything is known of the model.
+
+    Attributes:
+        ratio: share r of the cached blocks' tokens that a P-step does *not* recompute, in [0, 1]. 0 turns caching off;
+            1 recomputes nothing.
+        last_k: the last K blocks run in full on every step (the paper's K).
+        context: what a kept token attends to (SPEC section 4): ``kept`` tokens only, keys and values ``cached`` at
+            their last computation, recomputed in ``full``, or the attention output reused whole (``reuse``).
+        forecast: order of the extrapolation of what is not recomputed: 0 holds the last update (the paper), 1 and 2
+            extrapolate each token's own last computed updates.
+        scorer: which tokens to keep: those whose update changed most between its last two computations (``change``),
+            of largest update (``norm``), ``random``, or the learned ``predictor``.
+        selection: one index set per ``sample``, per guidance ``pair`` (batch = two halves), or one for the ``batch``.
+        schedule: which steps run in full.
+        keep: keep profiles, each the tokens kept in every cached block; None is one profile of equal counts.
+        groups: the profile of every P-step by step index (the last entry goes on); empty uses the first for all.
+    """
+
+    ratio: float = 0.9
+    last_k: int = 4
+    context: Context = "full"
+    forecast: int = 2
+    scorer: Scorer = "change"
+    selection: Selection = "sample"
+    schedule: Schedule = Schedule()
+    keep: tuple[tuple[int, ...], ...] | None = None
+    groups: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0.0 <= self.ratio <= 1.0:
+            raise ConfigError(
+                f"ratio={self.ratio!r} was asked for; the cache ratio is a number in [0, 1] (0.9 recomputes a tenth of the tokens)."
+            )
+        if isinstance(self.last_k, bool) or not isinstance(self.last_k, int) or self.last_k < 0:
+            raise ConfigError(f"last_k={self.last_k!r} was asked for; it is the number of last blocks that are never cached, 0 or more.")
+        if self.forecast not in (0, 1, 2):
+            raise ConfigError(f"forecast={self.forecast!r} was asked for; the order of the forecast is 0 (hold), 1 or 2.")
+        _choice("context", self.context, get_args(Context))
+        _choice("scorer", self.scorer, get_args(Scorer))
+        _choice("selection", self.selection, get_args(Selection))
+        if not isinstance(self.schedule, Schedule):
+            raise ConfigError(f"schedule={self.schedule!r} was asked for; pass a tokencache_compile.Schedule.")
+
+    @classmethod
+    def paper(cls, ratio: float = 0.9, steps: int = 50, full_steps: int = 12) -> CacheConfig:
+        """The paper to the letter: attention among kept tokens, held updates, the predictor, K = 4 (2 for 250 steps).
+
+        ``full_steps`` is the paper's #Full (Table I: 50, 12, 9, 6 for 250, 50, 20, 10 steps at 256²). Needs a predictor.
+        """
+        schedule = Schedule.uniform(steps, full_steps)
+        return cls(ratio, 2 if steps >= 250 else 4, "kept", 0, "predictor", "sample", schedule)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """Everything static about the cached graphs of one model and input signature.
+
+    Attributes:
+        config: the settings the plan was made from.
+        tokens: N, tokens of the cached stream.
+        num_blocks: L; blocks 0 … L-K-1 are cached.
+        profiles: keep counts n_l of the cached blocks, one profile a P-graph.
+    """
+
+    config: CacheConfig
+    tokens: int
+    num_blocks: int
+    profiles: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_cached(self) -> int:
+        return self.num_blocks - self.config.last_k
+
+    def profile_of(self, step: int) -> int:
+        """Which P-graph serves step ``step``."""
+        groups = self.config.groups
+        return groups[min(step, len(groups) - 1)] if groups else 0
+
+    def __str__(self) -> str:
+        c = self.config
+        keeps = "; ".join(f"graph {i}: {list(p)}" for i, p in enumerate(self.profiles))
+        return (
+            f"CachePlan: {self.num_cached} of {self.num_blocks} blocks cached, {self.tokens} tokens, ratio {c.ratio}\n"
+            f"  kept tokens a block   {keeps}\n"
+            f"  context {c.context}, forecast order {c.forecast}, scores {c.scorer}, one index set per {c.selection}\n"
+            f"  I-steps               {c.schedule}"
+        )
+
+
+def largest_remainders(shares: Sequence[float], tokens: int) -> tuple[int, ...]:
+    """Round keep ratios to counts n_l <= N whose sum is the rounded budget (SPEC section 4, step 3)."""
+    exact = [share * tokens for share in shares]
+    counts = [int(value + 1e-9) for value in exact]
+    missing = round(sum(exact)) - sum(counts)
+    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for index in order[:missing]:
+        counts[index] += 1
+    return tuple(counts)
+
+
+def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: bool, batch: int) -> CachePlan:
+    """Fix the keep counts for a model of ``num_blocks`` blocks and ``tokens`` tokens.
+
+    ``must_share``: a block's per-token side input has no batch axis, so the whole batch keeps the same tokens.
+
+    Raises:
+        ConfigError: no block is left to cache, or ``keep`` does not fit the model.
+    """
+    if config.last_k >= num_blocks:
+        raise ConfigError(
+            f"last_k={config.last_k} was asked for and the model has {num_blocks} blocks, so none is left to cache. "
+            f"Pass last_k={max(num_blocks // 3, 0)} or less."
+        )
+    cached = num_blocks - config.last_k
+    profiles = config.keep
+    if profiles is None:
+        # Equal counts, rounded once: one body for all blocks, where largest remainders would make two.
+        profiles = ((int((1.0 - config.ratio) * tokens + 0.5),) * cached,)
+    for keep in profiles:
+        if len(keep) != cached or any(not 0 <= n <= tokens for n in keep):
+            raise ConfigError(f"keep={keep} was asked for; {cached} counts from 0 to {tokens} are needed, one a cached block.")
+    if any(not 0 <= group < len(profiles) for group in config.groups):
+        raise ConfigError(f"groups={config.groups} was asked for; there are {len(profiles)} keep profiles to name.")
+    if config.selection == "pair" and batch % 2:
+        raise ConfigError(f'selection="pair" was asked for; a batch of {batch} has no two halves. Use selection="sample" or "batch".')
+    if must_share and config.selection != "batch":
+        config = replace(config, selection="batch")
+    return CachePlan(config, tokens, num_blocks, profiles)

@@ -1,0 +1,146 @@
+"""Which request, guidance branch and step a call belongs to: read from the call itself, never from counting calls.
+
+A request is one run of a sampler. Two sources tell where one begins:
+
+- a :class:`SchedulerWatch`, where the sampler's scheduler is known: ``set_timesteps`` begins a request, in the thread that
+  calls it, and names every step of it. This is exact, also after an aborted run.
+- the timesteps alone: one that rises, or another shape, batch, dtype or device, begins a request; one that repeats with the
+  same sample is the next guidance branch of that step, and with another sample a new request.
+
+State is kept per thread, so two threads never mix.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SchedulerWatch:
+    """Notes, per thread, when a diffusers scheduler's ``set_timesteps`` begins a request and which timesteps it has."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def attach(self, scheduler: Any) -> None:
+        """Watch ``scheduler``. A copy of it stays watched; its class and its settings are untouched."""
+        original = type(scheduler).set_timesteps
+
+        @functools.wraps(original)
+        def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            watch._begin(self.timesteps)
+            return result
+
+        watch = self
+        scheduler.set_timesteps = types.MethodType(set_timesteps, scheduler)
+
+    def _begin(self, timesteps: Tensor) -> None:
+        values = [float(t) for t in timesteps.tolist()]
+        self._local.marker = object()
+        # A scheduler of second order repeats timesteps: its calls are counted instead.
+        self._local.positions = {t: i for i, t in enumerate(values)} if len(set(values)) == len(values) else {}
+
+    @property
+    def marker(self) -> object | None:
+        """Changes with every request of this thread; None where no watched scheduler was set up in it."""
+        return getattr(self._local, "marker", None)
+
+    def position(self, timestep: float) -> int | None:
+        """Index of ``timestep`` in this thread's schedule."""
+        found: int | None = getattr(self._local, "positions", {}).get(timestep)
+        return found
+
+
+@dataclass
+class BranchState:
+    """The caches of one guidance branch, and what was done for it."""
+
+    caches: list[Tensor]
+    full_steps: int = 0
+    cached_steps: int = 0
+
+
+@dataclass
+class Request:
+    """One run of a sampler in one thread."""
+
+    signature: Hashable
+    marker: object | None
+    timestep: float
+    sample: Tensor
+    step: int
+    position: int | None
+    seen: list[str] = field(default_factory=list)
+    branches: dict[str, BranchState] = field(default_factory=dict)
+
+
+class RequestTracker:
+    """Places calls into requests; one per dispatcher, its state is the calling thread's own."""
+
+    def __init__(self, watch: SchedulerWatch) -> None:
+        self.watch = watch
+        self._local = threading.local()
+
+    @property
+    def current(self) -> Request | None:
+        return getattr(self._local, "request", None)
+
+    def clear(self) -> None:
+        """Forget this thread's request: its next call begins a new one."""
+        self._local.request = None
+
+    def place(self, signature: Hashable, timestep: float, sample: Tensor, context: str | None) -> tuple[Request, str]:
+        """The request and branch of a call.
+
+        Args:
+            signature: shapes, dtypes, devices and constants of the call.
+            context: name of the branch where the pipeline gives one (``cache_context``).
+        """
+        marker, position = self.watch.marker, self.watch.position(timestep)
+        request = self.current
+        if request is None or self._begins(request, signature, marker, timestep, position):
+            return self._new(signature, marker, timestep, sample, position, context)
+        if timestep != request.timestep:
+            self._advance(request, timestep, sample, position)
+            return request, self._enter(request, context)
+        same_sample = torch.equal(request.sample, sample)
+        if same_sample and context not in request.seen:
+            return request, self._enter(request, context)
+        if marker is None or same_sample:
+            return self._new(signature, marker, timestep, sample, position, context)
+        self._advance(request, timestep, sample, position)  # a second evaluation at one timestep, as Heun's method has it
+        return request, self._enter(request, context)
+
+    @staticmethod
+    def _begins(request: Request, signature: Hashable, marker: object | None, timestep: float, position: int | None) -> bool:
+        if signature != request.signature or marker is not request.marker:
+            return True
+        if position is not None and request.position is not None:
+            return position < request.position
+        return timestep > request.timestep
+
+    def _new(
+        self, signature: Hashable, marker: object | None, timestep: float, sample: Tensor, position: int | None, context: str | None
+    ) -> tuple[Request, str]:
+        request = Request(signature, marker, timestep, sample.clone(), position or 0, position)
+        self._local.request = request
+        return request, self._enter(request, context)
+
+    @staticmethod
+    def _advance(request: Request, timestep: float, sample: Tensor, position: int | None) -> None:
+        request.step = position if position is not None else request.step + 1
+        request.timestep, request.sample, request.position, request.seen = timestep, sample.clone(), position, []
+
+    @staticmethod
+    def _enter(request: Request, context: str | None) -> str:
+        branch = context if context is not None else f"branch {len(request.seen)}"
+        request.seen.append(branch)
+        return branch

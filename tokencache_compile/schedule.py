@@ -1,0 +1,46 @@
+"""Which sampling steps run in full (I-steps); the others are P-steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokencache_compile.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """I-steps by their index in sampling order (0 is the noisiest step, and always full).
+
+    Attributes:
+        every: an I-step every ``every`` steps, used where ``full`` is None. An even spacing is what a forecast likes.
+        full: the I-steps, listed; steps past the last listed one go on with ``every``.
+    """
+
+    every: int = 4
+    full: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise ConfigError(f"every={self.every!r} was asked for; an I-step comes every 1, 2, 3 … steps.")
+        if self.full is not None and (list(self.full) != sorted(set(self.full)) or not self.full or self.full[0] != 0):
+            raise ConfigError(f"full={self.full!r} was asked for; I-steps are rising step indices that begin with 0.")
+
+    @classmethod
+    def uniform(cls, steps: int, full_steps: int) -> Schedule:
+        """``full_steps`` I-steps spread evenly over ``steps`` sampling steps."""
+        if not 1 <= full_steps <= steps:
+            raise ConfigError(f"{full_steps} I-steps of {steps} were asked for; 1 to {steps} are possible.")
+        return cls(max(steps // full_steps, 1), tuple(sorted({round(j * steps / full_steps) for j in range(full_steps)})))
+
+    def is_full(self, step: int) -> bool:
+        """Whether step ``step`` (index in sampling order) runs in full."""
+        if self.full is None:
+            return step % self.every == 0
+        if step <= self.full[-1]:
+            return step in self.full
+        return (step - self.full[-1]) % self.every == 0
+
+    def __str__(self) -> str:
+        if self.full is None:
+            return f"every {self.every} steps"
+        return ", ".join(map(str, self.full)) + f", then every {self.every}"

@@ -181,7 +181,8 @@ def analyse(program: BlockProgram, captured: Capture) -> BlockProgram:
             "the model", f"its blocks carry streams of different shapes: {sorted(map(tuple, streams))}", "One token count is needed."
         )
     first = captured.calls[0].tensors[bodies[program.blocks[0].body].known_roles.stream_input]
-    stream = Stream(*first.shape, first.dtype, first.device)
+    batch, tokens, channels = first.shape
+    stream = Stream(batch, tokens, channels, first.dtype, first.device)
     note = f"analyse: stream [{stream.batch}, {stream.tokens}, {stream.channels}] {stream.dtype}, " + "; ".join(
         f"{b.name}: {len(b.known_roles.attentions)} self-attention(s), {len(b.known_roles.side_inputs)} per-token side input(s)"
         for b in bodies

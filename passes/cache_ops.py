@@ -20,12 +20,14 @@ def token_rows(index: Tensor, batch: int, tokens: int) -> Tensor:
 
 def take_tokens(value: Tensor, rows: Tensor, batch: int, kept: int) -> Tensor:
     """The selected tokens [B, n, …] of ``value`` [B, N, …]: whole rows, one copy each."""
-    return value.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, kept))
+    taken: Tensor = value.flatten(0, 1).index_select(0, rows).unflatten(0, (batch, kept))
+    return taken
 
 
 def put_tokens(value: Tensor, rows: Tensor, new: Tensor, batch: int, tokens: int) -> Tensor:
     """``value`` [B, N, …] with the selected tokens replaced by ``new`` [B, n, …]; the others are bit-identical."""
-    return value.flatten(0, 1).index_copy(0, rows, new.flatten(0, 1)).unflatten(0, (batch, tokens))
+    changed: Tensor = value.flatten(0, 1).index_copy(0, rows, new.flatten(0, 1)).unflatten(0, (batch, tokens))
+    return changed
 
 
 def select_tokens(scores: Tensor, kept: int, selection: str, batch: int) -> Tensor:
@@ -67,6 +69,6 @@ def add_forecast(stream: Tensor, updates: Sequence[Tensor], stamps: Tensor | Non
 
 def update_score(update: Tensor, previous: Tensor | None) -> Tensor:
     """Norm over channels of an update, or of its change since the ``previous`` one: float32, one value a token."""
-    if previous is None:
-        return torch.linalg.vector_norm(update.float(), dim=-1)
-    return torch.linalg.vector_norm(update.float() - previous.float(), dim=-1)
+    change = update.float() if previous is None else update.float() - previous.float()
+    norm: Tensor = torch.linalg.vector_norm(change, dim=-1)
+    return norm

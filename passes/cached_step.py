@@ -1,8 +1,8 @@
 """The P-step: each cached block recomputes its n_l best tokens and adds what its cache says for all others.
 
     index = top-k of the block's scores           x_kept = x[index]
-    out = body(x_kept)                            cache[index] = out - x_kept
-    x' = x + (held or forecast update)            x'[index] = out
+    out = body(x_kept)                            x' = x + (held or forecast update)
+    x'[index] = out                               cache[index] = out - x_kept, where the history takes it
 
 The last K blocks run in full; blocks with n_l = 0 only add their cache (see ``fold_skipped``).
 """
@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from tokencache_compile.ir import Block, BlockProgram, CacheUnit, StepProgram
 from tokencache_compile.passes.cache_ops import add_forecast
-from tokencache_compile.passes.caches import unit_caches
+from tokencache_compile.passes.caches import unit_caches, written_in_p_steps
 from tokencache_compile.passes.regions import cached_region
 from tokencache_compile.passes.selection import predictor_scores, select
 from tokencache_compile.passes.step_graph import StepGraph
@@ -54,9 +54,10 @@ def make_cached(
             x = step.proxy(inputs[roles.stream_input])
             if block.index != unit.first:
                 return [x.node]  # a later block of a folded run: the run's summed update is already added
-            return [add_forecast(x, updates, stamps, step.extras["step"], plan.config.forecast).node]
+            held: Any = add_forecast(x, updates, stamps, step.extras["step"], plan.config.forecast)
+            return [held.node]
         index = select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch)
-        written = [spec for spec in names.all if plan.config.context != "reuse" or spec not in names.context]
+        written = written_in_p_steps(names, plan.config)
         arguments = [*step.block_weights(block), *inputs, index.node, step.extras["step"].node]
         arguments += [step.cache_in[spec.name].node for spec in names.all]
         new_stream, *values = step.call(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokencache_compile.ir import BlockProgram, CacheSpec, CacheUnit
-from tokencache_compile.plan import CachePlan
+from tokencache_compile.plan import CacheConfig, CachePlan
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,18 @@ class UnitCaches:
 
     @property
     def all(self) -> tuple[CacheSpec, ...]:
-        single = tuple(spec for spec in (self.stamps, self.score) if spec is not None)
-        return (*self.updates, *single, *self.context)
+        return (*self.updates, *self.single, *self.context)
+
+    @property
+    def single(self) -> tuple[CacheSpec, ...]:
+        """Stamps and score, where there are any."""
+        return tuple(spec for spec in (self.stamps, self.score) if spec is not None)
+
+
+def written_in_p_steps(caches: UnitCaches, config: CacheConfig) -> tuple[CacheSpec, ...]:
+    """The caches of a unit that a P-step changes: the history if it takes computed updates, keys and values if cached."""
+    history = (*caches.updates, *caches.single) if config.history == "computed" else ()
+    return (*history, *(caches.context if config.context == "cached" else ()))
 
 
 def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> tuple[CacheSpec, ...]:
@@ -36,7 +46,7 @@ def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> 
         if plan.config.context == "cached":
             for name, part in zip(("key", "value"), nodes[attention.node].args[1:3], strict=True):
                 rest = _per_token_shape(part)
-                specs.append(CacheSpec(f"{name}_{suffix}", (stream.batch, stream.tokens, *rest), part.meta["val"].dtype))  # type: ignore[union-attr]
+                specs.append(CacheSpec(f"{name}_{suffix}", (stream.batch, stream.tokens, *rest), part.meta["val"].dtype))
         elif plan.config.context == "reuse":
             output = nodes[attention.output].meta["val"]
             specs.append(CacheSpec(f"attention_{suffix}", (stream.batch, stream.tokens, int(output.shape[-1])), output.dtype))

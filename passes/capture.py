@@ -135,7 +135,7 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
             if node.name in lifted:
                 if not node.users:
                     continue
-                kind, target = lifted[node.name]
+                target = lifted[node.name][1]
                 root[target] = exported.constants[target] if target in exported.constants else exported.state_dict[target]
                 env[node] = graph.get_attr(target)
             elif isinstance(node.meta.get("val"), Tensor):

@@ -28,6 +28,10 @@ def tokens_first(value: Any, rank: int) -> Any:
     return value.transpose(1, 2) if rank == 4 else value
 
 
+def _keys_values(attention: Node) -> list[Node]:
+    return [value for value in attention.args[1:3] if isinstance(value, Node)]
+
+
 class BodyCopy:
     """Copies a body into another graph, once per token set: all tokens, and the kept ones."""
 
@@ -77,8 +81,7 @@ class BodyCopy:
         """After :meth:`run`: what an I-step caches for ``context``, token axis first."""
         values: list[Node] = []
         for attention, output in self._attention_nodes():
-            wanted = {"cached": list(attention.args[1:3]), "reuse": [output]}.get(context, [])
-            for node in wanted:
+            for node in _keys_values(attention) if context == "cached" else [output] if context == "reuse" else []:
                 copy = Proxy(self.all_tokens[node], self.tracer)
                 values.append(tokens_first(copy, node.meta["val"].dim()).contiguous().node)
         return values
@@ -123,7 +126,7 @@ class BodyCopy:
 
     def _attend(self, node: Node, context: Context, stored: Any, put: Callable[[Any, Any], Any], new_caches: list[Any]) -> Node:
         """The attention of kept queries to every token's keys and values."""
-        query, *keys_values = node.args[:3]
+        keys_values = _keys_values(node)
         if context == "full":
             key, value = self._copy_ancestors(keys_values, self.all_tokens)
         else:
@@ -135,11 +138,13 @@ class BodyCopy:
                 fresh.append(tokens_first(cache, rank).node)
             key, value = fresh
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        new = self.graph.node_copy(node, lambda n: self.kept[n])
-        new.args = (self.kept[query], key, value, *new.args[3:])
+        all_mask = None
         if isinstance(mask, Node) and mask in self.per_token:
             if mask.meta["val"].shape[-2] != 1:
                 raise UnsupportedModelError(self.body.name, "its self-attention mask is per pair of tokens", 'Use context="kept".')
             (all_mask,) = self._copy_ancestors([mask], self.all_tokens)
+        new = self.graph.node_copy(node, lambda n: self.kept[n])
+        new.args = (new.args[0], key, value, *new.args[3:])
+        if isinstance(mask, Node) and all_mask is not None:
             new.replace_input_with(self.kept[mask], all_mask)
         return new

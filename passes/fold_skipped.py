@@ -19,7 +19,7 @@ def _feeds(program: BlockProgram, first: int, second: int) -> bool:
     nodes = {n.name: n for n in program.skeleton.graph.nodes}
     before, after = program.blocks[first], program.blocks[second]
     outputs: list[Node] = list(nodes[before.node].users)
-    given: list[Node] = nodes[after.node].args[0]  # type: ignore[assignment]
+    given: list[Node] = nodes[after.node].args[0]
     stream = given[program.body_of(after).known_roles.stream_input]
     return outputs == [stream] and list(stream.users) == [nodes[after.node]]
 

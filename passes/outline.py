@@ -51,7 +51,7 @@ def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
             shapes[parameter.name] = (*shapes.get(parameter.name, ()), value)
         else:
             shapes[parameter.name] = value
-    return shapes | kwargs
+    return {**shapes, **kwargs}
 
 
 def _export_block(call: BlockCall) -> torch.export.ExportedProgram:

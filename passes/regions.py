@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -77,11 +77,11 @@ def full_region(body: Body, config: CacheConfig, has_score: bool) -> Region:
 
 
 def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, num_context: int) -> Region:
-    """A P-step's block: ``(*weights, *inputs, index, step, *caches) -> (stream, *caches)``.
+    """A P-step's block: ``(*weights, *inputs, index, step, *caches) -> (stream, *written caches)``.
 
-    Gathers the tokens of ``index`` [B, n], runs the body on them, scatters stream and caches back; every other token adds
-    its held or forecast update. ``caches`` are the updates, newest first, the stamps if there is a forecast, the score if
-    the scorer keeps one, and the context's caches; ``reuse`` reads its caches and does not return them.
+    Gathers the tokens of ``index`` [B, n], runs the body on them and scatters the stream back; every other token adds its
+    held or forecast update. ``caches`` are the updates, newest first, the stamps if there is a forecast, the score if the
+    scorer keeps one, and the context's caches. Which of them are written: see :func:`caches.written_in_p_steps`.
     """
     region = _RegionGraph(body)
     roles = body.known_roles
@@ -94,10 +94,10 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, nu
 
     rows = token_rows(index, batch, tokens)
 
-    def take(value: Tensor) -> Tensor:
+    def take(value: Any) -> Any:
         return take_tokens(value, rows, batch, kept)
 
-    def put(value: Tensor, new: Tensor) -> Tensor:
+    def put(value: Any, new: Any) -> Any:
         return put_tokens(value, rows, new, batch, tokens)
 
     kept_inputs = list(region.inputs)
@@ -115,9 +115,12 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, nu
     copy = BodyCopy(region.graph, body, region.weights, region.inputs, kept_inputs)
     new_context: list[Any] = []
     output = region.proxy(copy.run_kept(config.context, context, take, put, new_context))
-    update = output - x_kept
     held = add_forecast(x, updates, stamps, step, order)
-    results = [put(held, output), put(updates[0], update)]
+    stream_out = put(held, output)
+    if config.history == "full_steps":
+        return region.finish(body, [stream_out, *new_context])
+    update = output - x_kept
+    results = [stream_out, put(updates[0], update)]
     older = [take(value) for value in updates[: max(order, 1)]]
     results += [put(cache, value) for cache, value in zip(updates[1:], older, strict=False)]
     if stamps is not None:

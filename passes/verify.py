@@ -44,11 +44,12 @@ def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[i
         raise InvariantError("a block call of the skeleton was left in a step graph")
     device = inputs[0].device
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fakes = [mode.from_tensor(t) for t in inputs]
+        fakes: list[Tensor] = [mode.from_tensor(t) for t in inputs]
         for name in extra_inputs(step):
             fakes.append(torch.empty(num_random if name == "random_scores" else (), device=device))
         fakes += [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
-        with MacCounter() as counter:
+        counter = MacCounter()
+        with counter:
             results = step.module(*fakes)
     if len(results) != step.num_outputs + len(step.caches):
         raise InvariantError(f"a step of {len(step.caches)} caches returned {len(results)} values")

@@ -113,6 +113,7 @@ class PlainLoop:
         forecast: int,
         scorer: str,
         selection: str = "sample",
+        history: str = "full_steps",
     ) -> None:
         if not isinstance(model, (DiTTransformer2DModel, PixArtTransformer2DModel)):
             raise TypeError(f"no reference for {type(model).__name__}")
@@ -132,6 +133,9 @@ class PlainLoop:
         self.forecast = forecast
         self.scorer = scorer
         self.selection = selection
+        if history not in ("full_steps", "computed"):
+            raise ValueError(f"unknown {history=}")
+        self.history = history  # "computed": what a P-step recomputes enters the history; "full_steps": it does not
         self.reset()
 
     def reset(self) -> None:
@@ -208,8 +212,10 @@ class PlainLoop:
             assert state.attention is not None
             attention = take(state.attention, index)
         out_kept = after_attention(block, x_kept, attention, mod, cond)
-        update = out_kept - x_kept
+        if self.history == "full_steps":
+            return put(moved, index, out_kept)
 
+        update = out_kept - x_kept
         old = [take(entry, index) for entry in state.history]
         old_stamps = take(state.stamps, index)
         if self.scorer != "external":

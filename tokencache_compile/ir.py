@@ -155,10 +155,10 @@ class BlockProgram:
         return self.bodies[block.body]
 
     def shares_weights_of(self, model: torch.nn.Module) -> bool:
-        """Whether the program's weights still are the model's own parameters."""
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        known = {name for name, tensor in self.tensors.items() if isinstance(tensor, torch.nn.Parameter)}
-        return known == parameters.keys() and all(self.tensors[name] is parameter for name, parameter in parameters.items())
+        """Whether the program's weights still are the model's own parameters and buffers."""
+        own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        own |= dict(model.named_buffers(remove_duplicate=False))
+        return self.tensors.keys() == own.keys() and all(self.tensors[name] is tensor for name, tensor in own.items())
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class MacCounter(TorchDispatchMode):
     """Counts into ``macs`` while it is entered. Works on fake tensors: only shapes are read."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

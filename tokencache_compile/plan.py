@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -12,6 +11,7 @@ from tokencache_compile.schedule import Schedule
 Context = Literal["kept", "cached", "full", "reuse"]
 Scorer = Literal["change", "norm", "random", "predictor"]
 Selection = Literal["sample", "pair", "batch"]
+History = Literal["full_steps", "computed"]
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -26,11 +26,15 @@ class CacheConfig:
     Attributes:
         ratio: share r of the cached blocks' tokens that a P-step does *not* recompute, in [0, 1]. 0 turns caching off;
             1 recomputes nothing.
-        last_k: the last K blocks run in full on every step (the paper's K).
+        last_k: the last K blocks run in full on every step (the paper's K). None: the paper's 4 of 28, that is a seventh of
+            the blocks and at most 4.
         context: what a kept token attends to (SPEC section 4): ``kept`` tokens only, keys and values ``cached`` at
             their last computation, recomputed in ``full``, or the attention output reused whole (``reuse``).
         forecast: order of the extrapolation of what is not recomputed: 0 holds the last update (the paper), 1 and 2
             extrapolate each token's own last computed updates.
+        history: which of a token's updates the cache holds. ``computed``: its last computed ones, those of P-steps included
+            (the paper). ``full_steps``: those of I-steps, evenly spaced, which is what a forecast extrapolates well from; what
+            a P-step recomputes then serves that step alone.
         scorer: which tokens to keep: those whose update changed most between its last two computations (``change``),
             of largest update (``norm``), ``random``, or the learned ``predictor``.
         selection: one index set per ``sample``, per guidance ``pair`` (batch = two halves), or one for the ``batch``.
@@ -40,9 +44,10 @@ class CacheConfig:
     """
 
     ratio: float = 0.9
-    last_k: int = 4
-    context: Context = "full"
+    last_k: int | None = None
+    context: Context = "cached"
     forecast: int = 2
+    history: History = "full_steps"
     scorer: Scorer = "change"
     selection: Selection = "sample"
     schedule: Schedule = Schedule()
@@ -54,11 +59,12 @@ class CacheConfig:
             raise ConfigError(
                 f"ratio={self.ratio!r} was asked for; the cache ratio is a number in [0, 1] (0.9 recomputes a tenth of the tokens)."
             )
-        if isinstance(self.last_k, bool) or not isinstance(self.last_k, int) or self.last_k < 0:
-            raise ConfigError(f"last_k={self.last_k!r} was asked for; it is the number of last blocks that are never cached, 0 or more.")
+        if self.last_k is not None and (isinstance(self.last_k, bool) or not isinstance(self.last_k, int) or self.last_k < 0):
+            raise ConfigError(f"last_k={self.last_k!r} was asked for; it is the number of last blocks never cached, 0 or more.")
         if self.forecast not in (0, 1, 2):
             raise ConfigError(f"forecast={self.forecast!r} was asked for; the order of the forecast is 0 (hold), 1 or 2.")
         _choice("context", self.context, get_args(Context))
+        _choice("history", self.history, get_args(History))
         _choice("scorer", self.scorer, get_args(Scorer))
         _choice("selection", self.selection, get_args(Selection))
         if not isinstance(self.schedule, Schedule):
@@ -71,7 +77,7 @@ class CacheConfig:
         ``full_steps`` is the paper's #Full (Table I: 50, 12, 9, 6 for 250, 50, 20, 10 steps at 256²). Needs a predictor.
         """
         schedule = Schedule.uniform(steps, full_steps)
-        return cls(ratio, 2 if steps >= 250 else 4, "kept", 0, "predictor", "sample", schedule)
+        return cls(ratio, 2 if steps >= 250 else 4, "kept", 0, "computed", "predictor", "sample", schedule)
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,19 @@ class CachePlan:
     Attributes:
         config: the settings the plan was made from.
         tokens: N, tokens of the cached stream.
-        num_blocks: L; blocks 0 … L-K-1 are cached.
+        num_blocks: L, and ``last_k`` of them are never cached.
         profiles: keep counts n_l of the cached blocks, one profile a P-graph.
     """
 
     config: CacheConfig
     tokens: int
     num_blocks: int
+    last_k: int
     profiles: tuple[tuple[int, ...], ...]
 
     @property
     def num_cached(self) -> int:
-        return self.num_blocks - self.config.last_k
+        return self.num_blocks - self.last_k
 
     def profile_of(self, step: int) -> int:
         """Which P-graph serves step ``step``."""
@@ -105,20 +112,20 @@ class CachePlan:
         return (
             f"CachePlan: {self.num_cached} of {self.num_blocks} blocks cached, {self.tokens} tokens, ratio {c.ratio}\n"
             f"  kept tokens a block   {keeps}\n"
-            f"  context {c.context}, forecast order {c.forecast}, scores {c.scorer}, one index set per {c.selection}\n"
+            f"  context {c.context}, forecast order {c.forecast} from {c.history}, scores {c.scorer}, one index set per {c.selection}\n"
             f"  I-steps               {c.schedule}"
         )
 
 
-def largest_remainders(shares: Sequence[float], tokens: int) -> tuple[int, ...]:
-    """Round keep ratios to counts n_l <= N whose sum is the rounded budget (SPEC section 4, step 3)."""
-    exact = [share * tokens for share in shares]
-    counts = [int(value + 1e-9) for value in exact]
-    missing = round(sum(exact)) - sum(counts)
-    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
-    for index in order[:missing]:
-        counts[index] += 1
-    return tuple(counts)
+def _last_k(config: CacheConfig, num_blocks: int) -> int:
+    if config.last_k is None:
+        return min(4, round(num_blocks / 7))
+    if config.last_k >= num_blocks:
+        raise ConfigError(
+            f"last_k={config.last_k} was asked for and the model has {num_blocks} blocks, so none is left to cache. "
+            f"Pass last_k={num_blocks - 1} or less, or leave it out."
+        )
+    return config.last_k
 
 
 def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: bool, batch: int) -> CachePlan:
@@ -129,12 +136,8 @@ def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: 
     Raises:
         ConfigError: no block is left to cache, or ``keep`` does not fit the model.
     """
-    if config.last_k >= num_blocks:
-        raise ConfigError(
-            f"last_k={config.last_k} was asked for and the model has {num_blocks} blocks, so none is left to cache. "
-            f"Pass last_k={max(num_blocks // 3, 0)} or less."
-        )
-    cached = num_blocks - config.last_k
+    last_k = _last_k(config, num_blocks)
+    cached = num_blocks - last_k
     profiles = config.keep
     if profiles is None:
         # Equal counts, rounded once: one body for all blocks, where largest remainders would make two.
@@ -148,4 +151,4 @@ def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: 
         raise ConfigError(f'selection="pair" was asked for; a batch of {batch} has no two halves. Use selection="sample" or "batch".')
     if must_share and config.selection != "batch":
         config = replace(config, selection="batch")
-    return CachePlan(config, tokens, num_blocks, profiles)
+    return CachePlan(config, tokens, num_blocks, last_k, profiles)

@@ -172,8 +172,13 @@ class Dispatcher(nn.Module):
         signature, tensors = self._signature_of(call)
         timestep = self._check_values(call, tensors)
         try:
-            compiled = self._lookup(signature, call)
-            outputs = self._run(compiled, signature, timestep, call[self._sample_name], tensors)
+            before = self._tracker.current
+            context = getattr(self._local, "context", None)
+            request, branch = self._tracker.place(signature, timestep, call[self._sample_name].detach(), context)
+            compiled = self._lookup(signature, call, begins=branch not in request.branches)
+            if request is not before:
+                self._local.counts = _Counts(compiled=compiled)
+            outputs = self._run(compiled, request, branch, timestep, tensors)
         except BaseException:
             self.reset()
             raise
@@ -181,11 +186,13 @@ class Dispatcher(nn.Module):
 
     @staticmethod
     def _signature_of(call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
-        """What graphs are compiled for (shapes, dtypes, devices, constants), and the call's tensors in graph order."""
+        """What graphs are compiled for (shapes, dtypes, devices, constants, autocast), and the call's tensors in graph order."""
         leaves, spec = pytree.tree_flatten(call)
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
         kinds = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-        return (str(spec), *kinds), tensors
+        devices = sorted({t.device.type for t in tensors})
+        autocast = tuple(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in devices)
+        return (str(spec), autocast, *kinds), tensors
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -224,10 +231,10 @@ class Dispatcher(nn.Module):
             )
         return float(value)
 
-    def _lookup(self, signature: Hashable, call: dict[str, Any]) -> _Compiled:
+    def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> _Compiled:
         with self._lock:
             known = self._compiled.get(signature)
-            if known is not None and self._tracker.current is None and not known.steps.program.shares_weights_of(self.model):
+            if known is not None and begins and not known.steps.program.shares_weights_of(self.model):
                 self._compiled.clear()  # weights were replaced (an adapter, load_state_dict(assign=True)): capture anew
             if signature not in self._compiled:
                 self._compiled[signature] = self._compile(call)
@@ -238,12 +245,8 @@ class Dispatcher(nn.Module):
         engines = [make_engine(self.backend, step) for step in (steps.full, *steps.cached)]
         return _Compiled(steps, engines[0], tuple(engines[1:]))
 
-    def _run(self, compiled: _Compiled, signature: Hashable, timestep: float, sample: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-        before = self._tracker.current
-        request, branch = self._tracker.place(signature, timestep, sample.detach(), getattr(self._local, "context", None))
-        if request is not before:
-            self._local.counts = _Counts(compiled=compiled)
-        steps, plan, device = compiled.steps, compiled.steps.plan, sample.device
+    def _run(self, compiled: _Compiled, request: Request, branch: str, timestep: float, tensors: list[Tensor]) -> list[Tensor]:
+        steps, plan, device = compiled.steps, compiled.steps.plan, request.sample.device
         first = branch not in request.branches
         if first:
             request.branches[branch] = BranchState(steps.initial_caches(device))
@@ -304,7 +307,7 @@ class Dispatcher(nn.Module):
         call.pop("return_dict", None)
         signature, tensors = self._signature_of(call)
         self._check_values(call, tensors)
-        compiled = self._lookup(signature, call)
+        compiled = self._lookup(signature, call, begins=True)
         device = call[self._sample_name].device
         for engine in (compiled.full, *compiled.cached):
             extras = self._extras(compiled.steps, 0, device)

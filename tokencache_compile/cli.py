@@ -1,0 +1,107 @@
+"""The command ``tokencache``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from tokencache_compile.errors import ConfigError, TokenCacheError, UnsupportedModelError
+from tokencache_compile.plan import CacheConfig, Context, Scorer, Selection
+from tokencache_compile.schedule import Schedule
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cache the tokens of diffusion transformers between sampling steps.")
+
+Backend = Literal["inductor", "eager"]
+_DEFAULTS = CacheConfig()
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """What this package raises on purpose is one message on stderr and exit code 1."""
+    try:
+        yield
+    except TokenCacheError as error:
+        console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+        if isinstance(error, UnsupportedModelError):
+            console.print(f"error: {error.where} is refused\n  reason: {error.reason}\n  remedy: {error.remedy}")
+        else:
+            console.print(f"error: {error}")
+        raise typer.Exit(1) from error
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"tokencache {version('tokencache-compile')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("out/demo"),
+    model: Annotated[Path | None, typer.Option(help="Folder of a DiT of pixels; the reference model that is shipped if none.")] = None,
+    backend: Annotated[Backend, typer.Option(help="What runs the graphs, uncached and cached alike.")] = "inductor",
+    steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Weight of classifier-free guidance.")] = 2.5,
+    ratio: Annotated[float, typer.Option(help="Share of the cached blocks' tokens that a P-step does not recompute.")] = _DEFAULTS.ratio,
+    samples: Annotated[int, typer.Option(help="Images of each class; the picture shows the first.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Runs of each kind whose median latency is reported.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+) -> None:
+    """Sample the reference model uncached, cached, and with fewer steps of the same MACs; compare speed and images."""
+    from tokencache_compile.demo import DEFAULT_MODEL, DemoSettings, report, run_demo, write_files
+
+    console = Console()
+    with _clean_errors():
+        settings = DemoSettings(model or DEFAULT_MODEL, backend, steps, guidance, ratio, samples, repeats, seed)
+        result = run_demo(settings, console)
+        console.print(report(result))
+        picture, figures = write_files(result, out)
+        console.print(f"Written: {picture} and {figures}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _schedule(every: int, full: str | None) -> Schedule:
+    """The schedule of ``--every`` and ``--full``."""
+    if full is None:
+        return Schedule(every)
+    try:
+        return Schedule(every, tuple(int(part) for part in full.split(",")))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"full={full!r} was asked for; I-steps are numbers with commas between, such as 0,4,8.") from error
+
+
+@app.command()
+def explain(
+    model_or_config: Annotated[str, typer.Argument(help="A diffusers folder, a config.json, or a hub id. No weights are loaded.")],
+    ratio: Annotated[float, typer.Option(help="Share of the cached blocks' tokens that a P-step does not recompute.")] = _DEFAULTS.ratio,
+    last_k: Annotated[int, typer.Option(help="The last K blocks run in full on every step.")] = _DEFAULTS.last_k,
+    context: Annotated[Context, typer.Option(help="What a kept token attends to.")] = _DEFAULTS.context,
+    forecast: Annotated[int, typer.Option(help="Order of the extrapolation of what is not recomputed: 0 holds it.")] = _DEFAULTS.forecast,
+    scorer: Annotated[Scorer, typer.Option(help="How the tokens to keep are chosen.")] = _DEFAULTS.scorer,
+    selection: Annotated[Selection, typer.Option(help="One index set per sample, guidance pair or batch.")] = _DEFAULTS.selection,
+    every: Annotated[int, typer.Option(help="An I-step every so many steps.")] = _DEFAULTS.schedule.every,
+    full: Annotated[str | None, typer.Option(help="The I-steps by index, such as 0,4,8; later ones follow --every.")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps of the run whose MACs are printed.")] = 50,
+    batch: Annotated[int, typer.Option(help="Rows of a call; 2 are one image with guidance.")] = 2,
+) -> None:
+    """Print what the compiler finds in a model, its plan, and what a run would cost; or why the model is refused."""
+    from tokencache_compile.explain import explain as explain_model
+
+    with _clean_errors():
+        config = CacheConfig(ratio, last_k, context, forecast, scorer, selection, _schedule(every, full))
+        explain_model(model_or_config, config, Console(), steps, batch)

@@ -1,0 +1,402 @@
+"""The demo: images from the reference DiT, uncached, cached, and with as few steps as the cached run's MACs would buy.
+
+All three start from the same noise and run through graphs of the same backend: the uncached runs are the same transform with
+ratio 0, every step in full. Latency is that of whole runs, measured in turn so that a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from tokencache_compile.api import transform
+from tokencache_compile.errors import ConfigError
+from tokencache_compile.metrics import deviation_per_step, psnr
+from tokencache_compile.plan import CacheConfig
+from tokencache_compile.runtime import Dispatcher, StepReport, Summary
+from tokencache_compile.sampling import sample
+
+DEFAULT_MODEL = Path(__file__).resolve().parent / "reference" / "dit"
+FASHION_MNIST = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+SCHEDULER_CONFIG: dict[str, Any] = dict(
+    num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, prediction_type="epsilon"
+)  # fmt: skip
+COLUMNS = 10  # of the picture: one sample a class
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What to run; see ``tokencache demo --help``."""
+
+    model: Path = DEFAULT_MODEL
+    backend: str = "inductor"
+    steps: int = 50
+    guidance: float = 2.5
+    ratio: float = 0.9
+    samples: int = 2
+    repeats: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        CacheConfig(self.ratio)  # refuses a ratio out of range before anything is loaded
+        for name in ("steps", "samples", "repeats"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} was asked for; at least 1 is needed.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to sample, with what it cost and how close it came to the uncached run.
+
+    Attributes:
+        images: [B, C, H, W], clamped to [-1, 1].
+        predictions: pred_x0 of every step, each [B, C, H, W].
+        kinds: "I" or "P" for every step.
+        summary: the dispatcher's counts over the run.
+        seconds: wall-clock time of each timed repetition.
+        psnr_db: of ``images`` to the uncached run's.
+    """
+
+    images: Tensor
+    predictions: tuple[Tensor, ...]
+    kinds: str
+    summary: Summary
+    seconds: tuple[float, ...]
+    psnr_db: float
+
+    @property
+    def steps(self) -> int:
+        return self.summary.full_steps + self.summary.cached_steps
+
+    @property
+    def latency(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The three runs, and what the table and the JSON say of them."""
+
+    settings: DemoSettings
+    class_names: tuple[str, ...]
+    plan: str
+    uncached: Run
+    cached: Run
+    fewer: Run
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        return {"uncached": self.uncached, "cached": self.cached, "fewer_steps": self.fewer}
+
+    @property
+    def margin_db(self) -> float:
+        """By how much the cached run is closer to the uncached one than the run with fewer steps; NaN if both are equal to it."""
+        return self.cached.psnr_db - self.fewer.psnr_db
+
+    @property
+    def deviations(self) -> list[float]:
+        """Mean |Δ pred_x0| between the cached and the uncached run, per step."""
+        return deviation_per_step(self.cached.predictions, self.uncached.predictions)
+
+
+def machine() -> dict[str, Any]:
+    """What a latency depends on besides the settings."""
+    import diffusers
+
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def load_reference(folder: Path) -> Any:
+    """The DiT in ``folder``, as ``save_pretrained`` wrote it.
+
+    Raises:
+        ConfigError: there is none, or its output is not an image.
+    """
+    from diffusers import DiTTransformer2DModel
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"a model was looked for in {folder} and there is no config.json. Name the folder of a trained DiT with --model.")
+    try:
+        model = DiTTransformer2DModel.from_pretrained(folder).eval()
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"the DiT in {folder} cannot be loaded: {error}") from error
+    if model.config.in_channels not in (1, 3):
+        raise ConfigError(
+            f"the model in {folder} has {model.config.in_channels} channels; the demo draws pixels, so it takes a DiT of 1 or 3."
+        )
+    return model
+
+
+def name_classes(count: int) -> tuple[str, ...]:
+    """Fashion-MNIST's names for its ten classes, numbers for any others."""
+    return FASHION_MNIST if count == len(FASHION_MNIST) else tuple(f"class {index}" for index in range(count))
+
+
+def steps_for_macs(macs: int, macs_per_step: int) -> int:
+    """The fewest full steps that cost at least ``macs``."""
+    return -(-macs // macs_per_step)
+
+
+class _Sampler:
+    """Samples the same noise again and again, through one dispatcher."""
+
+    def __init__(self, model: Any, settings: DemoSettings, ratio: float, labels: Tensor, noise: Tensor) -> None:
+        from diffusers import DDIMScheduler
+
+        self.settings, self.labels, self.noise = settings, labels, noise
+        self.null_label = int(model.config.num_embeds_ada_norm)
+        self.scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
+        self.dispatcher: Dispatcher = transform(model, ratio, backend=settings.backend, scheduler=self.scheduler)
+
+    def compile(self) -> None:
+        """Capture and compile every graph; each of them runs once."""
+        self.dispatcher.prepare({
+            "hidden_states": torch.cat([self.noise, self.noise]),
+            "timestep": torch.full((2 * len(self.labels),), SCHEDULER_CONFIG["num_train_timesteps"] - 1),
+            "class_labels": torch.cat([self.labels, torch.full_like(self.labels, self.null_label)]),
+        })  # fmt: skip
+
+    def run(self, steps: int, advance: Callable[[], object]) -> Run:
+        """One whole run, timed."""
+        predictions: list[Tensor] = []
+        kinds: list[str] = []
+
+        def on_call(report: StepReport) -> None:
+            kinds.append(report.kind)
+
+        def on_step(index: int, prediction: Tensor) -> None:
+            predictions.append(prediction)
+            advance()
+
+        self.dispatcher.step_callback = on_call
+        start = time.perf_counter()
+        images = sample(
+            self.dispatcher, self.scheduler, self.labels, self.noise, steps, self.settings.guidance, self.null_label, on_step
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        return Run(images.clamp(-1, 1), tuple(predictions), "".join(kinds), self.dispatcher.summary(), (seconds,), math.inf)
+
+
+def _joined(repetitions: Sequence[Run], reference: Tensor) -> Run:
+    """One run from its repetitions: they differ in time alone."""
+    first = repetitions[0]
+    seconds = tuple(run.seconds[0] for run in repetitions)
+    return Run(first.images, first.predictions, first.kinds, first.summary, seconds, psnr(first.images, reference))
+
+
+def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
+    """Load, compile, sample and measure, with progress on ``console``.
+
+    Raises:
+        ConfigError: there is no such model, or a setting does not fit it.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        loading = progress.add_task("load the model", total=1)
+        model = load_reference(settings.model)
+        classes = int(model.config.num_embeds_ada_norm)
+        labels = torch.arange(min(classes, COLUMNS)).repeat(settings.samples)
+        shape = (len(labels), model.config.in_channels, model.config.sample_size, model.config.sample_size)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
+        full = _Sampler(model, settings, 0.0, labels, noise)
+        cached = _Sampler(model, settings, settings.ratio, labels, noise)
+        progress.advance(loading)
+
+        compiling = progress.add_task(f"capture and compile ({settings.backend})", total=2)
+        for sampler in (full, cached):
+            sampler.compile()
+            progress.advance(compiling)
+
+        warming = progress.add_task("warm up", total=2 * min(settings.steps, 5))
+        for sampler in (full, cached):
+            sampler.run(min(settings.steps, 5), lambda: progress.advance(warming))
+
+        sampling = progress.add_task(f"{settings.repeats} x 3 runs of {len(labels)} images: steps", total=None)
+        rounds: list[tuple[Run, Run, Run]] = []
+        for _ in range(settings.repeats):
+
+            def advance() -> None:
+                progress.advance(sampling)
+
+            reference = full.run(settings.steps, advance)
+            fast = cached.run(settings.steps, advance)
+            fewer_steps = steps_for_macs(fast.summary.macs, reference.summary.macs // settings.steps)
+            progress.update(sampling, total=settings.repeats * (2 * settings.steps + fewer_steps))
+            rounds.append((reference, fast, full.run(fewer_steps, advance)))
+
+    images = rounds[0][0].images
+    runs = [_joined([one[position] for one in rounds], images) for position in range(3)]
+    names = name_classes(classes)[: min(classes, COLUMNS)]
+    return DemoResult(settings, names, str(cached.dispatcher.plan), *runs)
+
+
+# -- the picture ------------------------------------------------------------------------------------------------------
+
+
+def amplification(differences: Sequence[Tensor]) -> int:
+    """The largest power of two, up to 64, that leaves 99 % of the pixels of ``differences`` (values in [0, 1]) below white."""
+    top = max(float(d.float().flatten().quantile(0.99)) for d in differences)
+    return 1 << max(0, min(6, math.floor(math.log2(1.0 / max(top, 1e-6)))))
+
+
+def _picture(image: Tensor, size: int) -> Image.Image:
+    """An image [C, H, W] in [0, 1] as a picture of ``size`` pixels."""
+    values = image.clamp(0, 1).mul(255).round().byte().expand(3, -1, -1).permute(1, 2, 0)
+    return Image.fromarray(values.contiguous().numpy()).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def draw_grid(result: DemoResult, zoom: int = 4) -> Image.Image:
+    """One column a class; one row a run, and below the cached and the fewer-steps run what differs from the uncached one."""
+    columns = len(result.class_names)
+    uncached, cached, fewer = (run.images[:columns].add(1).div(2) for run in result.runs.values())
+    differences = [(cached - uncached).abs(), (fewer - uncached).abs()]
+    factor = amplification(differences)
+    difference_label = ("difference", "to uncached,", f"amplified {factor} times")
+    steps = f"{result.settings.steps} steps"
+    rows = [
+        (("uncached", steps, f"{_gmacs(result.uncached)} GMACs"), uncached),
+        (("cached", f"{steps}, ratio {result.settings.ratio:g}", f"{_gmacs(result.cached)} GMACs", _db(result.cached)), cached),
+        (difference_label, differences[0] * factor),
+        (("fewer steps", f"{result.fewer.steps} steps, uncached", f"{_gmacs(result.fewer)} GMACs", _db(result.fewer)), fewer),
+        (difference_label, differences[1] * factor),
+    ]
+    size, gap, left, top = int(uncached.shape[-1]) * zoom, 6, 200, 40
+    sheet = Image.new("RGB", (left + columns * (size + gap) + gap, top + len(rows) * (size + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    heading, text = ImageFont.load_default(20), ImageFont.load_default(16)
+    for column, name in enumerate(result.class_names):
+        pen.text((left + column * (size + gap) + size // 2, top // 2), name, "black", text, anchor="mm")
+    for row, (label, pictures) in enumerate(rows):
+        y = top + row * (size + gap)
+        line = y + size // 2 - 11 * (len(label) - 1)
+        for index, words in enumerate(label):
+            pen.text((14, line + 22 * index), words, "black" if index == 0 else "#555555", heading if index == 0 else text, anchor="lm")
+        for column, image in enumerate(pictures):
+            sheet.paste(_picture(image, size), (left + column * (size + gap), y))
+    return sheet
+
+
+# -- the figures ------------------------------------------------------------------------------------------------------
+
+
+def _gmacs(run: Run) -> str:
+    return f"{run.summary.macs / 1e9:.1f}"
+
+
+def _db(run: Run) -> str:
+    return f"{run.psnr_db:.1f} dB" if math.isfinite(run.psnr_db) else "exact"
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def to_json(result: DemoResult) -> dict[str, Any]:
+    """Everything the table shows, and what it depends on. A PSNR of null means equal images."""
+    runs = {}
+    for name, run in result.runs.items():
+        runs[name] = {
+            "steps": run.steps,
+            "full_steps": run.summary.full_steps,
+            "cached_steps": run.summary.cached_steps,
+            "kinds": run.kinds,
+            "latency_seconds": run.latency,
+            "latency_seconds_each": list(run.seconds),
+            "speed_up": result.uncached.latency / run.latency,
+            "macs": run.summary.macs,
+            "macs_per_image": run.summary.macs / len(run.images),
+            "cache_bytes": run.summary.cache_bytes,
+            "psnr_db": _finite(run.psnr_db),
+        }
+    deviations = result.deviations
+    settings = asdict(result.settings) | {"model": str(result.settings.model), "scheduler": {"class": "DDIMScheduler"} | SCHEDULER_CONFIG}
+    return {
+        "settings": settings,
+        "images": len(result.uncached.images),
+        "classes": list(result.class_names),
+        "plan": result.plan,
+        "runs": runs,
+        "margin_db": _finite(result.margin_db),
+        "deviation_pred_x0": {"mean": statistics.mean(deviations), "max": max(deviations), "per_step": deviations},
+        "machine": machine(),
+    }
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One bar a value, from 0 to the largest."""
+    bars, top = "▁▂▃▄▅▆▇█", max(values)
+    return "".join(bars[min(int(value / top * len(bars)), len(bars) - 1)] if top else bars[0] for value in values)
+
+
+def report(result: DemoResult) -> Group:
+    """The figures as a table, with what they mean below it."""
+    images, facts, deviations = len(result.uncached.images), machine(), result.deviations
+    settings = result.settings
+    title = f"{settings.steps} DDIM steps, {images} images, guidance {settings.guidance:g}, cache ratio {settings.ratio:g}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("run", no_wrap=True)
+    for heading in ("steps", "latency", "speed-up", "GMACs", "PSNR", "|Δ pred_x0|"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    titles = {"uncached": "uncached", "cached": "cached", "fewer_steps": "fewer steps"}
+    for name, run in result.runs.items():
+        kinds = f"{run.summary.full_steps} I + {run.summary.cached_steps} P" if run.summary.cached_steps else f"{run.steps} I"
+        deviation = f"{statistics.mean(deviations):.4f}" if name == "cached" else "-"
+        quality = "-" if name == "uncached" else _db(run)
+        speed_up = f"{result.uncached.latency / run.latency:.2f}x"
+        table.add_row(titles[name], kinds, f"{run.latency:.2f} s", speed_up, _gmacs(run), quality, deviation)
+    peak = max(range(len(deviations)), key=deviations.__getitem__)
+    margin = result.margin_db
+    verdict = "closer to" if margin > 0 else "further from"
+    comparison = (
+        f"At the same MACs, the cached run is {abs(margin):.1f} dB {verdict} the uncached images than a run of {result.fewer.steps} steps."
+        if math.isfinite(margin)
+        else "No margin: a run here equals the uncached one."
+    )
+    sides = "torch.compile (inductor) on both sides" if settings.backend == "inductor" else "eager graphs on both sides"
+    return Group(
+        table,
+        f"Mean |Δ pred_x0| from the uncached run, per step (largest {deviations[peak]:.4f} at step {peak}; I marks a step in full):",
+        "  " + sparkline(deviations),
+        "  " + result.cached.kinds.replace("P", "·"),
+        comparison,
+        f"Latency: whole runs, median of {settings.repeats} measured in turn after a warm-up; {sides}.",
+        f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} thread(s), load {facts['load_average']}; "
+        f"torch {facts['torch']}, diffusers {facts['diffusers']}, Python {facts['python']}.",
+    )
+
+
+def write_files(result: DemoResult, out: Path) -> tuple[Path, Path]:
+    """Write ``demo.png`` and ``demo.json`` into ``out``; returns both paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    picture, figures = out / "demo.png", out / "demo.json"
+    draw_grid(result).save(picture)
+    figures.write_text(json.dumps(to_json(result), indent=2, allow_nan=False) + "\n")
+    return picture, figures

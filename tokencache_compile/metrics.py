@@ -1,0 +1,35 @@
+"""How far a cached run is from the uncached one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def _check_shapes(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"tensors of one shape are compared; {tuple(first.shape)} and {tuple(second.shape)} were given.")
+
+
+def psnr(images: Tensor, reference: Tensor, data_range: float = 2.0) -> float:
+    """Peak signal-to-noise ratio in dB of ``images`` to ``reference``, both [B, C, H, W]; infinite where they are equal.
+
+    One figure for the whole batch, from the mean squared error over all pixels of all images. ``data_range`` is the distance
+    between the darkest and the brightest value: 2 for images in [-1, 1].
+    """
+    _check_shapes(images, reference)
+    error = float((images.double() - reference.double()).square().mean())
+    return 10.0 * math.log10(data_range**2 / error) if error else math.inf
+
+
+def mean_abs_deviation(first: Tensor, second: Tensor) -> float:
+    """Mean of |first − second| over all elements of two tensors of one shape."""
+    _check_shapes(first, second)
+    return float((first.double() - second.double()).abs().mean())
+
+
+def deviation_per_step(predictions: Sequence[Tensor], reference: Sequence[Tensor]) -> list[float]:
+    """Mean |Δ pred_x0| of two runs at each sampling step; both hold one [B, C, H, W] a step."""
+    return [mean_abs_deviation(one, other) for one, other in zip(predictions, reference, strict=True)]

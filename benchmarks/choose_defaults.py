@@ -22,35 +22,23 @@ from rich.progress import track
 from train_reference import NULL_LABEL, SCHEDULER_CONFIG
 
 import tokencache_compile as tc
+from tokencache_compile.metrics import psnr
 from tokencache_compile.plan import CacheConfig
+from tokencache_compile.sampling import sample
+
+BASE = dict(ratio=0.9, last_k=None, context="cached", forecast=2, history="full_steps", scorer="change", every=4)
 
 
-def sample(net: Any, scheduler: DDIMScheduler, noise: torch.Tensor, labels: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
-    """Images [B, 1, 32, 32] of one guided DDIM run."""
-    scheduler.set_timesteps(steps)
-    x, rows = noise, torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
-    for t in scheduler.timesteps:
-        with torch.no_grad():
-            noise_pred = net(torch.cat([x, x]), timestep=t.expand(len(rows)), class_labels=rows, return_dict=False)[0]
-        cond, uncond = noise_pred.chunk(2)
-        x = scheduler.step(uncond + guidance * (cond - uncond), t, x).prev_sample
-    return x.clamp(-1, 1)
-
-
-def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Decibels, range 2, from the mean squared error over all images."""
-    return 10 * math.log10(4.0 / float((images - reference).square().mean()))
-
-
-def grid(quick: bool) -> list[dict[str, Any]]:
-    """The settings measured, as fields of CacheConfig (``every`` stands for the schedule)."""
-    contexts, orders = ("kept", "cached", "full", "reuse"), (0, 1, 2)
-    rows = [dict(ratio=0.9, last_k=4, context=c, forecast=f, scorer="change", every=4) for c, f in itertools.product(contexts, orders)]
-    rows += [dict(ratio=0.9, last_k=4, context=c, forecast=f, scorer=s, every=4) for c, f, s in itertools.product(("full",), (1, 2), ("norm", "random"))]
-    rows += [dict(ratio=0.9, last_k=4, context="full", forecast=f, scorer="change", every=e) for f, e in itertools.product(orders, (2, 3, 5))]
-    rows += [dict(ratio=r, last_k=4, context="full", forecast=f, scorer="change", every=4) for r, f in itertools.product((1.0, 0.8, 0.7, 0.5), (1, 2))]
-    rows += [dict(ratio=r, last_k=k, context="full", forecast=f, scorer="change", every=4) for r, k, f in itertools.product((1.0, 0.9), (0, 2), (1, 2))]
-    return rows[:12] if quick else rows
+def grid() -> list[dict[str, Any]]:
+    """The settings measured: fields of CacheConfig (``every`` stands for the schedule), varied around the defaults."""
+    contexts, orders, histories = ("kept", "cached", "full", "reuse"), (0, 1, 2), ("full_steps", "computed")
+    rows = [BASE | dict(context=c, forecast=f, history=h) for c, f, h in itertools.product(contexts, orders, histories)]
+    rows += [BASE | dict(scorer=s, context=c) for s, c in itertools.product(("norm", "random"), ("cached", "full", "reuse"))]
+    rows += [BASE | dict(last_k=k) for k in (0, 4)]
+    rows += [BASE | dict(every=every) for every in (2, 3, 5)]
+    rows += [BASE | dict(ratio=ratio) for ratio in (0.5, 0.7, 1.0)]
+    rows += [BASE | dict(ratio=1.0, last_k=0, every=every) for every in (3, 4)]
+    return rows
 
 
 def main(
@@ -59,7 +47,6 @@ def main(
     samples: int = 40,
     steps: int = 50,
     guidance: float = 2.5,
-    quick: bool = False,
 ) -> None:
     """Measure the grid."""
     net = DiTTransformer2DModel.from_pretrained(model).eval()
@@ -67,31 +54,38 @@ def main(
     noise = torch.randn(samples, 1, 32, 32, generator=torch.Generator().manual_seed(1234))
     labels = torch.arange(samples) % 10
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"fewer_steps": {}, "rows": []}
-    result["settings"] = dict(samples=samples, steps=steps, guidance=guidance, seed=1234, torch=torch.__version__, machine=platform.processor())
-    reference = sample(net, scheduler, noise, labels, steps, guidance)
+    result["settings"] = dict(
+        samples=samples, steps=steps, guidance=guidance, seed=1234, torch=torch.__version__, machine=platform.processor()
+    )
+    
+    def run(transformer: Any, count: int) -> torch.Tensor:
+        return sample(transformer, scheduler, labels, noise, count, guidance, NULL_LABEL).clamp(-1, 1)
+
+    reference = run(net, steps)
 
     def fewer(count: int) -> float:
         if str(count) not in result["fewer_steps"]:
-            images = sample(net, scheduler, noise, labels, count, guidance)
-            result["fewer_steps"][str(count)] = psnr(images, reference) if count < steps else math.inf
+            result["fewer_steps"][str(count)] = psnr(run(net, count), reference)
         return float(result["fewer_steps"][str(count)])
 
     done = {json.dumps(row["config"], sort_keys=True) for row in result["rows"]}
     out.parent.mkdir(parents=True, exist_ok=True)
-    for row in track(grid(quick), "settings"):
+    for row in track(grid(), "settings"):
         if json.dumps(row, sort_keys=True) in done:
             continue
         settings = dict(row)
         config = CacheConfig(schedule=tc.Schedule(every=settings.pop("every")), **settings)
         cached = tc.transform(net, config=config, backend="eager", scheduler=scheduler)
-        value = psnr(sample(cached, scheduler, noise, labels, steps, guidance), reference)
+        value = psnr(run(cached, steps), reference)
         summary = cached.summary()
         equivalent = summary.macs / summary.macs_uncached * steps
         margin = value - fewer(math.ceil(equivalent))
         result["rows"].append(dict(config=row, psnr_db=value, full_step_equivalents=equivalent, margin_db=margin))
         out.write_text(json.dumps(result, indent=1))
     for row in sorted(result["rows"], key=lambda r: -r["margin_db"]):
-        print(f"{row['margin_db']:+6.2f} dB  PSNR {row['psnr_db']:5.2f}  MACs of {row['full_step_equivalents']:5.2f} steps  {row['config']}")
+        print(
+            f"{row['margin_db']:+6.2f} dB  PSNR {row['psnr_db']:5.2f}  MACs of {row['full_step_equivalents']:5.2f} steps  {row['config']}"
+        )
 
 
 if __name__ == "__main__":

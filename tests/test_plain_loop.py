@@ -137,7 +137,7 @@ def test_nothing_changes_while_the_input_stays(kind: str) -> None:
 def test_first_block_against_the_eager_block(kind: str, context: str) -> None:
     """What a context means, told by diffusers' own block with its attn1 patched or fed other tokens."""
     model, before, given = build(kind, layers=1), inputs(kind, seed=1), inputs(kind, seed=2)
-    loop = PlainLoop(model, [5], 0, context, 0, "external")
+    loop = PlainLoop(model, [5], 0, context, 0, "external", history="computed")
     loop.step(0, True, **before)
     scores = torch.rand(ROWS, 1, TOKENS)
     block = model.transformer_blocks[0]
@@ -183,11 +183,27 @@ def test_first_block_against_the_eager_block(kind: str, context: str) -> None:
     torch.testing.assert_close(take(loop.state[0].history[0], index), expected - x_kept, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("context", ["kept", "full", "cached", "reuse"])
+@pytest.mark.parametrize("kind", ["dit", "pixart"])
+def test_history_of_full_steps(kind: str, context: str) -> None:
+    """What a P-step recomputes reaches the stream as with the other history, and the caches of keys and values alone."""
+    loops = [PlainLoop(build(kind), [5, 0, 16], 1, context, 2, "change", history=history) for history in ("full_steps", "computed")]
+    for loop in loops:
+        for step in range(3):
+            loop.step(step, True, **inputs(kind, seed=step))
+    before = snapshot(loops[0])
+    outputs = [loop.step(4, False, **inputs(kind, seed=4)) for loop in loops]
+    assert torch.equal(*outputs)
+    for old, new, computed in zip(before, snapshot(loops[0]), snapshot(loops[1]), strict=True):
+        for name in old:
+            assert torch.equal(new[name], (computed if name in ("key", "value") else old)[name]), name
+
+
 @pytest.mark.parametrize("scorer", ["change", "norm", "external"])
 @pytest.mark.parametrize("context", ["kept", "full", "cached", "reuse"])
 @pytest.mark.parametrize("kind", ["dit", "pixart"])
 def test_partial_step_touches_only_the_kept_tokens(kind: str, context: str, scorer: str) -> None:
-    loop = PlainLoop(build(kind), [5, 0, 16], 1, context, 2, scorer)
+    loop = PlainLoop(build(kind), [5, 0, 16], 1, context, 2, scorer, history="computed")
     for step in range(3):
         loop.step(step, True, **inputs(kind, seed=step))
     before = snapshot(loop)

@@ -10,6 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
 
+import tokencache_compile
+
 Model = Any  # a diffusers transformer or a dispatcher; their attributes are not typed
 Call = Callable[[int, Tensor, Tensor], Tensor]  # (step, sample, timesteps [B]) -> the model's output
 ROWS, TOKENS, LAYERS, LAST_K = 4, 16, 4, 1
@@ -63,6 +65,12 @@ def inputs(kind: str, rows: int = ROWS, seed: int = 1, dtype: torch.dtype = torc
     """The keyword arguments of one call."""
     given = conditions(kind, rows, seed, dtype)
     return {"hidden_states": sample(rows, seed + 1, dtype), "timestep": torch.full((rows,), timestep), **given}
+
+
+def transformed(model: Model, **changes: Any) -> Model:
+    """A dispatcher on the model: ratio 0.9, no compiler, and ``changes``."""
+    settings: dict[str, Any] = {"ratio": 0.9, "last_k": LAST_K, "backend": "eager"}
+    return tokencache_compile.transform(model, **settings | changes)
 
 
 def call_of(model: Model, given: dict[str, Any]) -> Call:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from tokencache_compile.errors import ConfigError, TokenCacheError, UnsupportedModelError
-from tokencache_compile.plan import CacheConfig, Context, Scorer, Selection
+from tokencache_compile.plan import CacheConfig, Context, History, Scorer, Selection
 from tokencache_compile.schedule import Schedule
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cache the tokens of diffusion transformers between sampling steps.")
@@ -89,9 +89,12 @@ def _schedule(every: int, full: str | None) -> Schedule:
 def explain(
     model_or_config: Annotated[str, typer.Argument(help="A diffusers folder, a config.json, or a hub id. No weights are loaded.")],
     ratio: Annotated[float, typer.Option(help="Share of the cached blocks' tokens that a P-step does not recompute.")] = _DEFAULTS.ratio,
-    last_k: Annotated[int, typer.Option(help="The last K blocks run in full on every step.")] = _DEFAULTS.last_k,
+    last_k: Annotated[
+        int | None, typer.Option(help="The last K blocks run in full on every step; a seventh of the blocks and at most 4 if left out.")
+    ] = _DEFAULTS.last_k,
     context: Annotated[Context, typer.Option(help="What a kept token attends to.")] = _DEFAULTS.context,
     forecast: Annotated[int, typer.Option(help="Order of the extrapolation of what is not recomputed: 0 holds it.")] = _DEFAULTS.forecast,
+    history: Annotated[History, typer.Option(help="Which of a token's updates are held: those of I-steps, or all.")] = _DEFAULTS.history,
     scorer: Annotated[Scorer, typer.Option(help="How the tokens to keep are chosen.")] = _DEFAULTS.scorer,
     selection: Annotated[Selection, typer.Option(help="One index set per sample, guidance pair or batch.")] = _DEFAULTS.selection,
     every: Annotated[int, typer.Option(help="An I-step every so many steps.")] = _DEFAULTS.schedule.every,
@@ -103,5 +106,14 @@ def explain(
     from tokencache_compile.explain import explain as explain_model
 
     with _clean_errors():
-        config = CacheConfig(ratio, last_k, context, forecast, scorer, selection, _schedule(every, full))
+        config = CacheConfig(
+            ratio=ratio,
+            last_k=last_k,
+            context=context,
+            forecast=forecast,
+            history=history,
+            scorer=scorer,
+            selection=selection,
+            schedule=_schedule(every, full),
+        )
         explain_model(model_or_config, config, Console(), steps, batch)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from rich import box
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -361,7 +362,7 @@ def report(result: DemoResult) -> Group:
     images, facts, deviations = len(result.uncached.images), machine(), result.deviations
     settings = result.settings
     title = f"{settings.steps} DDIM steps, {images} images, guidance {settings.guidance:g}, cache ratio {settings.ratio:g}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", no_wrap=True)
     for heading in ("steps", "latency", "speed-up", "GMACs", "PSNR", "|Δ pred_x0|"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -192,6 +192,12 @@ def _cache_bytes(step: StepProgram) -> int:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
+def _gmacs(macs: int) -> str:
+    """In 10⁹, to four digits or one decimal."""
+    value = macs / 1e9
+    return f"{value:.1f}" if value >= 100 else f"{value:.4g}"
+
+
 def name_blocks(fqns: Sequence[str]) -> str:
     """Module paths with runs of one list put together: ``blocks.0 … blocks.27``."""
     runs: list[list[str]] = []
@@ -258,15 +264,15 @@ def describe_costs(built: StepPrograms, costs: Mapping[Context, Cost], num_steps
     uncached = built.macs_full * num_steps
     plan, batch = built.plan, built.program.known_stream.batch
     rows = _rows()
-    rows.add_row("I-step", f"{built.macs_full / 1e9:.3f} GMACs at batch {batch}")
+    rows.add_row("I-step", f"{_gmacs(built.macs_full)} GMACs at batch {batch}")
     if not built.cached:
-        rows.add_row(f"{num_steps} steps", f"{uncached / 1e9:.2f} GMACs; a ratio of 0 caches nothing")
+        rows.add_row(f"{num_steps} steps", f"{_gmacs(uncached)} GMACs; a ratio of 0 caches nothing")
         return rows
     own = costs[plan.config.context]
-    each = ", ".join(f"{macs / 1e9:.3f}" for macs in built.macs_cached)
+    each = ", ".join(map(_gmacs, built.macs_cached))
     rows.add_row("P-step", f"{each} GMACs, {built.macs_cached[0] / built.macs_full:.1%} of an I-step")
     saved = 1 - own.macs_run / uncached
-    rows.add_row(f"{num_steps} steps", f"{own.macs_run / 1e9:.2f} of {uncached / 1e9:.2f} GMACs uncached ({saved:.1%} saved)")
+    rows.add_row(f"{num_steps} steps", f"{_gmacs(own.macs_run)} of {_gmacs(uncached)} GMACs uncached ({saved:.1%} saved)")
     rows.add_row("caches", f"{_cache_bytes(built.full) / 2**20:.2f} MiB at batch {batch}")
     table = Table(title="Contexts: what a kept token attends to", title_justify="left")
     table.add_column("context")
@@ -277,8 +283,8 @@ def describe_costs(built: StepPrograms, costs: Mapping[Context, Cost], num_steps
         if cost.refusal:
             table.add_row(name, Text(f"not possible: {cost.refusal}"))
             continue
-        macs = ", ".join(f"{value / 1e9:.3f}" for value in cost.macs_cached)
-        table.add_row(name, macs, f"{cost.macs_run / 1e9:.2f}", f"{1 - cost.macs_run / uncached:.1%}", f"{cost.cache_bytes / 2**20:.2f}")
+        macs = ", ".join(map(_gmacs, cost.macs_cached))
+        table.add_row(name, macs, _gmacs(cost.macs_run), f"{1 - cost.macs_run / uncached:.1%}", f"{cost.cache_bytes / 2**20:.2f}")
     return Group(rows, table)
 
 

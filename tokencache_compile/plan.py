@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal, get_args
 
 from tokencache_compile.errors import ConfigError
@@ -108,13 +109,19 @@ class CachePlan:
 
     def __str__(self) -> str:
         c = self.config
-        keeps = "; ".join(f"graph {i}: {list(p)}" for i, p in enumerate(self.profiles))
+        keeps = "; ".join(_counts(profile) for profile in self.profiles)
         return (
             f"CachePlan: {self.num_cached} of {self.num_blocks} blocks cached, {self.tokens} tokens, ratio {c.ratio}\n"
             f"  kept tokens a block   {keeps}\n"
             f"  context {c.context}, forecast order {c.forecast} from {c.history}, scores {c.scorer}, one index set per {c.selection}\n"
             f"  I-steps               {c.schedule}"
         )
+
+
+def _counts(profile: tuple[int, ...]) -> str:
+    """(6, 6, 6, 0) → "6 in 3 blocks, 0 in 1 block"."""
+    runs = [(kept, len(list(run))) for kept, run in groupby(profile)]
+    return ", ".join(f"{kept} in {length} block{'s' if length > 1 else ''}" for kept, length in runs)
 
 
 def _last_k(config: CacheConfig, num_blocks: int) -> int:

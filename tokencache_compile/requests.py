@@ -30,8 +30,8 @@ class SchedulerWatch:
         self._local = threading.local()
 
     def attach(self, scheduler: Any) -> None:
-        """Watch ``scheduler``. A copy of it stays watched; its class and its settings are untouched."""
-        original = type(scheduler).set_timesteps
+        """Watch ``scheduler``. A copy of it stays watched, other watches go on; its class and settings are untouched."""
+        original = scheduler.set_timesteps.__func__
 
         @functools.wraps(original)
         def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,12 +46,18 @@ class SchedulerWatch:
         values = [float(t) for t in timesteps.tolist()]
         self._local.marker = object()
         # A scheduler of second order repeats timesteps: its calls are counted instead.
-        self._local.positions = {t: i for i, t in enumerate(values)} if len(set(values)) == len(values) else {}
+        self._local.repeats = len(set(values)) < len(values)
+        self._local.positions = {} if self._local.repeats else {t: i for i, t in enumerate(values)}
 
     @property
     def marker(self) -> object | None:
         """Changes with every request of this thread; None where no watched scheduler was set up in it."""
         return getattr(self._local, "marker", None)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether this thread's schedule evaluates some timestep more than once, as Heun's method does."""
+        return getattr(self._local, "repeats", False)
 
     def position(self, timestep: float) -> int | None:
         """Index of ``timestep`` in this thread's schedule."""
@@ -114,9 +120,9 @@ class RequestTracker:
         same_sample = torch.equal(request.sample, sample)
         if same_sample and context not in request.seen:
             return request, self._enter(request, context)
-        if marker is None or same_sample:
+        if same_sample or not self.watch.repeats:
             return self._new(signature, marker, timestep, sample, position, context)
-        self._advance(request, timestep, sample, position)  # a second evaluation at one timestep, as Heun's method has it
+        self._advance(request, timestep, sample, position)  # a second evaluation at one timestep
         return request, self._enter(request, context)
 
     @staticmethod
@@ -136,6 +142,8 @@ class RequestTracker:
 
     @staticmethod
     def _advance(request: Request, timestep: float, sample: Tensor, position: int | None) -> None:
+        if request.position is None:
+            position = None  # not a run of the watched schedule, though single timesteps may coincide: it is counted to its end
         request.step = position if position is not None else request.step + 1
         request.timestep, request.sample, request.position, request.seen = timestep, sample.clone(), position, []
 

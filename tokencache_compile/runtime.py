@@ -23,6 +23,42 @@ from tokencache_compile.requests import BranchState, Request, RequestTracker, Sc
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
+class _CaptureGate:
+    """Steps run side by side, a capture alone: ``torch.export`` patches ``nn.Module.__call__`` for every thread."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Condition()
+        self._running = 0
+        self._own = threading.local()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        with self._turn:
+            self._running += 1
+        self._own.steps = self._own_steps + 1
+        try:
+            yield
+        finally:
+            self._own.steps -= 1
+            with self._turn:
+                self._running -= 1
+                self._turn.notify_all()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        with self._turn:
+            self._turn.wait_for(lambda: self._running == self._own_steps)  # a step may capture a model within the model
+            yield
+
+    @property
+    def _own_steps(self) -> int:
+        steps: int = getattr(self._own, "steps", 0)
+        return steps
+
+
+_GATE = _CaptureGate()
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one call did: given to ``step_callback``.
@@ -166,7 +202,8 @@ class Dispatcher(nn.Module):
             UnsupportedModelError, ConfigError: at the first call of a signature, if the model cannot be transformed so.
         """
         if not self._enabled:
-            return self.model(*args, **kwargs)
+            with _GATE.step():
+                return self.model(*args, **kwargs)
         call = self._bind(args, kwargs)
         as_tuple = not call.pop("return_dict", True)
         signature, tensors = self._signature_of(call)
@@ -241,7 +278,8 @@ class Dispatcher(nn.Module):
             return self._compiled[signature]
 
     def _compile(self, call: dict[str, Any]) -> _Compiled:
-        steps = build_steps(self.model, call, self.cache_config, self.predictor)
+        with _GATE.capture():
+            steps = build_steps(self.model, call, self.cache_config, self.predictor)
         engines = [make_engine(self.backend, step) for step in (steps.full, *steps.cached)]
         return _Compiled(steps, engines[0], tuple(engines[1:]))
 
@@ -254,7 +292,8 @@ class Dispatcher(nn.Module):
         full = first or not compiled.cached or plan.config.schedule.is_full(request.step)
         group = plan.profile_of(request.step)
         engine = compiled.full if full else compiled.cached[group]
-        outputs, state.caches = engine(tensors, self._extras(steps, request.step, device), state.caches)
+        with _GATE.step():
+            outputs, state.caches = engine(tensors, self._extras(steps, request.step, device), state.caches)
         kept = () if full else plan.profiles[group]
         self._count(compiled, request, full, kept, steps.macs_full if full else steps.macs_cached[group])
         if self.step_callback is not None:
@@ -311,7 +350,8 @@ class Dispatcher(nn.Module):
         device = call[self._sample_name].device
         for engine in (compiled.full, *compiled.cached):
             extras = self._extras(compiled.steps, 0, device)
-            engine(tensors, extras, compiled.steps.initial_caches(device))
+            with _GATE.step():
+                engine(tensors, extras, compiled.steps.initial_caches(device))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +41,8 @@ def structure_key(call: BlockCall) -> tuple[Any, ...]:
 
 
 def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
-    """``Dim.AUTO`` for every axis of every tensor argument, in the shape torch.export wants it."""
-    auto = [{axis: Dim.AUTO for axis in range(v.dim())} if isinstance(v, Tensor) else None for v in call.leaves]
+    """``Dim.AUTO`` for every axis longer than 1 (export fixes the others anyway), in the shape torch.export wants it."""
+    auto = [{axis: Dim.AUTO for axis, size in enumerate(v.shape) if size > 1} if isinstance(v, Tensor) else None for v in call.leaves]
     args, kwargs = pytree.tree_unflatten(auto, call.in_spec)
     shapes: dict[str, Any] = {}
     parameters = list(inspect.signature(call.module.forward).parameters.values())
@@ -69,7 +70,7 @@ def _body(name: str, call: BlockCall) -> Body:
         raise UnsupportedModelError(
             call.fqn, f"torch.export cannot capture the block with a free token count: {error}", "Its tokens are not separable."
         ) from error
-    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs):
+    if any(spec.kind is not OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs) or _writes_to_inputs(exported.graph):
         raise UnsupportedModelError(
             call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."
         )
@@ -101,6 +102,23 @@ def _body(name: str, call: BlockCall) -> Body:
     graph_module = GraphModule(root, graph)
     names = tuple(lifted[node.name][1] for node in weights)
     return Body(name, graph_module, names, len(inputs), len(call.output_tensors))
+
+
+def _writes_to_inputs(graph: Graph) -> bool:
+    """Whether an operation writes to a placeholder (weight, buffer or input), or to a view of one."""
+    shared: set[Node] = {node for node in graph.nodes if node.op == "placeholder"}
+    for node in graph.nodes:
+        if node.target is operator.getitem and node.args[0] in shared:
+            shared.add(node)
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for parameter, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if isinstance(value, Node) and value in shared and parameter.alias_info is not None:
+                if parameter.alias_info.is_write:
+                    return True
+                if node.target is not torch.ops.aten.to.dtype or _is_cast_to_own_dtype(node):
+                    shared.add(node)
+    return False
 
 
 def _is_inactive_dropout(node: Node) -> bool:

@@ -16,7 +16,7 @@ from tokencache_compile.passes.capture import capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
 from tokencache_compile.passes.outline import outline
-from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_step
+from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
 from tokencache_compile.plan import CacheConfig, CachePlan, resolve_plan
 from tokencache_compile.predictor import CachePredictor
 
@@ -72,6 +72,8 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
         shapes = {n: tuple(program.tensors[f"{first.fqn}.{n}"].shape) for n in names}
         predictor.check_fits(stream.channels, len(program.blocks), shapes)
     caching = plan.config.ratio > 0
+    if caching and plan.config.context != "kept":
+        verify_context(program, captured, plan)
     units = fold_skipped(program, plan) if caching else ()
     extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
     full = make_full(program, plan, units, extras)

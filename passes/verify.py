@@ -12,6 +12,8 @@ from tokencache_compile.errors import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, Capture, StepProgram
 from tokencache_compile.macs import MacCounter
 from tokencache_compile.passes.capture import BLOCK_OP
+from tokencache_compile.passes.regions import cached_region
+from tokencache_compile.plan import CacheConfig, CachePlan
 
 
 def extra_inputs(step: StepProgram) -> tuple[str, ...]:
@@ -57,6 +59,40 @@ def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[i
         if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
             raise InvariantError(f"cache {spec.name} {spec.shape} {spec.dtype} came out as {tuple(value.shape)} {value.dtype}")
     return counter.macs
+
+
+def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) -> None:
+    """Tokens reach each other through the attentions that were found, and through nothing else.
+
+    A P-step's block with every token as context then gives its kept tokens what the block itself gives them. Contexts other
+    than ``kept`` are made by rewriting those attentions, and would be something else in a block that mixes tokens elsewhere.
+    """
+    config = CacheConfig(context="full", forecast=0, history="full_steps", scorer="random")
+    draw = torch.Generator().manual_seed(0)
+    first_of = {block.body: block for block in reversed(program.blocks[: plan.num_cached])}
+    for block in first_of.values():
+        body = program.body_of(block)
+        call, roles, stream = captured.calls[block.index], body.known_roles, program.known_stream
+        kept = max(stream.tokens // 2, 1)
+        index = torch.randperm(stream.tokens, generator=draw)[:kept].expand(stream.batch, -1).to(stream.device)
+        tensors = list(call.tensors)
+        x = torch.randn(tensors[roles.stream_input].shape, generator=draw).to(tensors[roles.stream_input])
+        tensors[roles.stream_input] = x
+        weights = [program.tensors[name] for name in block.weight_fqns(body)]
+        region = cached_region(body, config, stream, kept, 0).graph_module
+        with torch.no_grad():
+            expected = body.graph_module(*weights, *tensors)[roles.stream_output][:, index[0]].float()
+            given = (index, torch.zeros((), device=stream.device), torch.zeros_like(x))
+            got = region(*weights, *tensors, *given)[0][:, index[0]].float()
+        tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+        error = (got - expected).norm() / (expected - x[:, index[0]].float()).norm().clamp_min(1e-6)
+        if not bool(error < tolerance) and not torch.allclose(got, expected, atol=1e-5):
+            raise UnsupportedModelError(
+                call.fqn,
+                "its tokens reach each other in other ways than torch.nn.functional.scaled_dot_product_attention, "
+                f"so context={plan.config.context!r} cannot be made for them",
+                'Use context="kept", or an attention processor that calls that function (AttnProcessor2_0).',
+            )
 
 
 def same_as_eager(step: StepProgram, captured: Capture, initial: Sequence[Tensor]) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Literal, get_args
 
 from tokencache_compile.errors import ConfigError
-from tokencache_compile.schedule import Schedule
+from tokencache_compile.schedule import Schedule, is_ints
 
 Context = Literal["kept", "cached", "full", "reuse"]
 Scorer = Literal["change", "norm", "random", "predictor"]
@@ -62,7 +62,7 @@ class CacheConfig:
             )
         if self.last_k is not None and (isinstance(self.last_k, bool) or not isinstance(self.last_k, int) or self.last_k < 0):
             raise ConfigError(f"last_k={self.last_k!r} was asked for; it is the number of last blocks never cached, 0 or more.")
-        if self.forecast not in (0, 1, 2):
+        if not is_ints((self.forecast,)) or self.forecast not in (0, 1, 2):
             raise ConfigError(f"forecast={self.forecast!r} was asked for; the order of the forecast is 0 (hold), 1 or 2.")
         _choice("context", self.context, get_args(Context))
         _choice("history", self.history, get_args(History))
@@ -70,6 +70,10 @@ class CacheConfig:
         _choice("selection", self.selection, get_args(Selection))
         if not isinstance(self.schedule, Schedule):
             raise ConfigError(f"schedule={self.schedule!r} was asked for; pass a tokencache_compile.Schedule.")
+        if self.keep is not None and not (isinstance(self.keep, tuple) and self.keep and all(map(is_ints, self.keep))):
+            raise ConfigError(f"keep={self.keep!r} was asked for; it is a tuple of keep profiles, each a tuple of token counts.")
+        if not is_ints(self.groups):
+            raise ConfigError(f"groups={self.groups!r} was asked for; it is a tuple with the index of a keep profile for every step.")
 
     @classmethod
     def paper(cls, ratio: float = 0.9, steps: int = 50, full_steps: int = 12) -> CacheConfig:

@@ -240,7 +240,11 @@ class Dispatcher(nn.Module):
                 f"It was given {len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}."
             ) from error
         bound.apply_defaults()
-        return dict(bound.arguments)
+        call = dict(bound.arguments)
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                call |= call.pop(name)  # every argument is handed on by its own name
+        return call
 
     def _check_values(self, call: Mapping[str, Any], tensors: list[Tensor]) -> float:
         """The call's timestep, after refusing what must not enter a cache. One read from the device."""

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from tokencache_compile.errors import ConfigError
 
 
+def is_ints(values: object) -> bool:
+    """Whether ``values`` is a tuple of integers, with no bool among them."""
+    return isinstance(values, tuple) and all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """I-steps by their index in sampling order (0 is the noisiest step, and always full).
@@ -20,17 +25,17 @@ class Schedule:
     full: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+        if not is_ints((self.every,)) or self.every < 1:
             raise ConfigError(f"every={self.every!r} was asked for; an I-step comes every 1, 2, 3 … steps.")
-        if self.full is not None and (list(self.full) != sorted(set(self.full)) or not self.full or self.full[0] != 0):
-            raise ConfigError(f"full={self.full!r} was asked for; I-steps are rising step indices that begin with 0.")
+        if self.full is not None and (not is_ints(self.full) or list(self.full) != sorted({0, *self.full})):
+            raise ConfigError(f"full={self.full!r} was asked for; it is a tuple of rising step indices that begins with 0.")
 
     @classmethod
     def uniform(cls, steps: int, full_steps: int) -> Schedule:
         """``full_steps`` I-steps spread evenly over ``steps`` sampling steps."""
-        if not 1 <= full_steps <= steps:
+        if not is_ints((steps, full_steps)) or not 1 <= full_steps <= steps:
             raise ConfigError(f"{full_steps} I-steps of {steps} were asked for; 1 to {steps} are possible.")
-        return cls(max(steps // full_steps, 1), tuple(sorted({round(j * steps / full_steps) for j in range(full_steps)})))
+        return cls(-(-steps // full_steps), tuple(sorted({round(j * steps / full_steps) for j in range(full_steps)})))
 
     def is_full(self, step: int) -> bool:
         """Whether step ``step`` (index in sampling order) runs in full."""

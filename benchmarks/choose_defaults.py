@@ -26,18 +26,18 @@ from tokencache_compile.metrics import psnr
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.sampling import sample
 
-BASE = dict(ratio=0.9, last_k=None, context="cached", forecast=2, history="full_steps", scorer="change", every=4)
+BASE = dict(ratio=0.9, last_k=None, context="reuse", forecast=2, history="full_steps", scorer="random", every=4)
 
 
 def grid() -> list[dict[str, Any]]:
     """The settings measured: fields of CacheConfig (``every`` stands for the schedule), varied around the defaults."""
     contexts, orders, histories = ("kept", "cached", "full", "reuse"), (0, 1, 2), ("full_steps", "computed")
     rows = [BASE | dict(context=c, forecast=f, history=h) for c, f, h in itertools.product(contexts, orders, histories)]
-    rows += [BASE | dict(scorer=s, context=c) for s, c in itertools.product(("norm", "random"), ("cached", "full", "reuse"))]
+    rows += [BASE | dict(scorer=s, context=c) for s, c in itertools.product(("norm", "change"), ("cached", "full", "reuse"))]
     rows += [BASE | dict(last_k=k) for k in (0, 4)]
     rows += [BASE | dict(every=every) for every in (2, 3, 5)]
     rows += [BASE | dict(ratio=ratio) for ratio in (0.5, 0.7, 1.0)]
-    rows += [BASE | dict(ratio=1.0, last_k=0, every=every) for every in (3, 4)]
+    rows += [BASE | dict(ratio=1.0, last_k=0, every=every) for every in (2, 3, 4)]
     return rows
 
 

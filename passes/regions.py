@@ -50,7 +50,8 @@ class _RegionGraph:
 
     def finish(self, body: Body, outputs: Sequence[Any]) -> Region:
         self.graph.output(tuple(value.node for value in outputs))
-        self.graph.eliminate_dead_code()
+        # Attention may draw dropout, so torch.fx would keep it though nothing reads it (context "reuse").
+        self.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
         self.graph.lint()
         return Region(GraphModule(body.graph_module, self.graph))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -77,10 +78,28 @@ def transform(
         transformer = transformer.model
     scheduler = scheduler or getattr(model, "scheduler", None)
     dispatcher = _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs)
-    saved_as = model.config["transformer"]
-    model.transformer = dispatcher
-    model.register_to_config(transformer=saved_as)  # save_pretrained writes the model's own class, not the dispatcher's
+    _install(model, dispatcher)
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
     return model
+
+
+def _install(pipeline: Any, dispatcher: Dispatcher) -> None:
+    """Make ``dispatcher`` the pipeline's transformer; its configuration goes on naming the model's own class."""
+    saved_as = pipeline.config["transformer"]
+    pipeline.transformer = dispatcher
+    pipeline.register_to_config(transformer=saved_as)
+
+
+def _save_pretrained(pipeline: Any, *args: Any, **kwargs: Any) -> None:
+    """The pipeline's own ``save_pretrained``, of the original model: diffusers leaves out classes it does not know."""
+    dispatcher = pipeline.transformer
+    try:
+        if isinstance(dispatcher, Dispatcher):
+            pipeline.transformer = dispatcher.model
+        type(pipeline).save_pretrained(pipeline, *args, **kwargs)
+    finally:
+        if isinstance(dispatcher, Dispatcher):
+            _install(pipeline, dispatcher)
 
 
 def _dispatcher(

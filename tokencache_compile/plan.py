@@ -46,10 +46,10 @@ class CacheConfig:
 
     ratio: float = 0.9
     last_k: int | None = None
-    context: Context = "cached"
+    context: Context = "reuse"
     forecast: int = 2
     history: History = "full_steps"
-    scorer: Scorer = "change"
+    scorer: Scorer = "random"
     selection: Selection = "sample"
     schedule: Schedule = Schedule()
     keep: tuple[tuple[int, ...], ...] | None = None

@@ -7,17 +7,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler, PixArtAlphaPipeline
 from tiny import Model, build, draw_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 Pipeline = Any  # DiffusionPipeline's components are not typed
 KINDS = ("dit", "pixart")
 TEXT_TOKENS, TEXT_WIDTH = 7, 20
-
-
-class NoTextEncoder(nn.Module):
-    """Never called: prompts are given as embeddings."""
-
-    dtype = torch.float32
 
 
 def vae() -> AutoencoderKL:

@@ -16,9 +16,9 @@ from tokencache_compile import CacheConfig, CachePredictor
 SAFE_MARGIN = 1e-5  # relative; rounding moves a score by about 1e-6
 
 
-def drawn_scores(step: int, cached: int) -> Tensor:
+def drawn_scores(step: int, cached: int, tokens: int = TOKENS) -> Tensor:
     """What the scorer "random" draws for a step: one set for the whole batch."""
-    return torch.rand(cached, TOKENS, generator=torch.Generator().manual_seed(step))
+    return torch.rand(cached, tokens, generator=torch.Generator().manual_seed(step))
 
 
 def first_block_call(model: Model, **given: Any) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ def compiled_graphs() -> int:
     [
         ("dit", {}),
         ("dit", {"context": "full", "forecast": 0, "history": "computed", "scorer": "predictor"}),
-        ("pixart_masked", {"context": "cached", "forecast": 1, "history": "computed", "keep": ((3, 0, 3),)}),
+        ("pixart_masked", {"context": "cached", "forecast": 1, "history": "computed", "scorer": "change", "keep": ((3, 0, 3),)}),
     ],
 )
 def test_inductor(kind: str, settings: dict[str, Any]) -> None:

@@ -13,18 +13,12 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PixArtAlphaPipeline
 from PIL import Image
-from tiny import LAST_K, build
+from tiny import build, transformed
 from torch import Tensor
 
-import tokencache_compile
 from tokencache_compile import ConfigError, Dispatcher, Schedule, StepReport
 
-SETTINGS: dict[str, Any] = {"ratio": 0.9, "last_k": LAST_K, "backend": "eager"}
 FULL, CACHED = [0, 4], [1, 2, 3, 5, 6, 7]  # of 8 steps
-
-
-def transform(pipe: Pipeline, **changes: Any) -> Pipeline:
-    return tokencache_compile.transform(pipe, **SETTINGS | changes)
 
 
 def reports_of(pipe: Pipeline) -> list[StepReport]:
@@ -40,7 +34,7 @@ def test_images(kind: str, guidance_scale: float) -> None:
     own: Tensor = images(pipeline(kind), guidance_scale=guidance_scale)
     pipe = pipeline(kind)
     scheduler, model = pipe.scheduler, pipe.transformer
-    assert transform(pipe) is pipe and isinstance(pipe.transformer, Dispatcher) and pipe.transformer.model is model
+    assert transformed(pipe) is pipe and isinstance(pipe.transformer, Dispatcher) and pipe.transformer.model is model
     assert pipe.scheduler is scheduler and type(scheduler) is type(pipeline(kind).scheduler)
     assert pipe.transformer.config is model.config and pipe.transformer.dtype == pipe.dtype == torch.float32
     assert pipe.device == pipe.transformer.device == torch.device("cpu")
@@ -64,7 +58,7 @@ def test_images(kind: str, guidance_scale: float) -> None:
 def test_without_caching_the_images_are_bit_identical(kind: str, dtype: torch.dtype, setting: dict[str, Any]) -> None:
     pipe = pipeline(kind).to(dtype)
     own = images(pipe)
-    assert torch.equal(images(transform(pipe, **setting)), own)
+    assert torch.equal(images(transformed(pipe, **setting)), own)
     assert pipe.transformer.summary().full_steps == 8 and pipe.transformer.summary().cached_steps == 0
     pipe.transformer.disable()
     assert torch.equal(images(pipe), own)
@@ -72,7 +66,7 @@ def test_without_caching_the_images_are_bit_identical(kind: str, dtype: torch.dt
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_output_types(kind: str) -> None:
-    pipe = transform(pipeline(kind))
+    pipe = transformed(pipeline(kind))
     tensor = images(pipe)
     array = images(pipe, output_type="np")
     assert isinstance(array, np.ndarray) and np.allclose(array, tensor.permute(0, 2, 3, 1).numpy(), atol=1e-6)
@@ -85,11 +79,11 @@ def test_output_types(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforming_twice(kind: str) -> None:
     """The second set of settings holds, on the original model: nothing is wrapped twice."""
-    expected = images(transform(pipeline(kind), ratio=0.5, context="full"))
-    pipe = transform(pipeline(kind))
+    expected = images(transformed(pipeline(kind), ratio=0.5, context="full"))
+    pipe = transformed(pipeline(kind))
     first, model = pipe.transformer, pipe.transformer.model
     images(pipe)
-    assert transform(pipe, ratio=0.5, context="full") is pipe
+    assert transformed(pipe, ratio=0.5, context="full") is pipe
     assert pipe.transformer is not first and pipe.transformer.model is model and not isinstance(model, Dispatcher)
     assert torch.equal(images(pipe), expected)
     assert pipe.transformer.cache_config.ratio == 0.5
@@ -98,7 +92,7 @@ def test_transforming_twice(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_saving_and_loading(kind: str, tmp_path: Path) -> None:
     """What is saved is the original pipeline, its model's own class named; loaded and transformed, it makes the same images."""
-    pipe = transform(pipeline(kind))
+    pipe = transformed(pipeline(kind))
     cached = images(pipe)
     dispatcher = pipe.transformer
     pipe.save_pretrained(tmp_path)
@@ -110,22 +104,22 @@ def test_saving_and_loading(kind: str, tmp_path: Path) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.transformer) is type(dispatcher.model)
     assert torch.equal(images(loaded), images(pipeline(kind)))
-    assert torch.equal(images(transform(loaded)), cached)
+    assert torch.equal(images(transformed(loaded)), cached)
 
 
 def test_other_runs_on_one_pipeline() -> None:
     """More images, more steps, no guidance, and the first run again."""
-    pipe = transform(pipeline("dit"))
+    pipe = transformed(pipeline("dit"))
     expected = images(pipe)
     for options in ({"class_labels": [1, 2, 3]}, {"num_inference_steps": 5}, {"guidance_scale": 1.0}, {"class_labels": [5]}):
-        assert torch.equal(images(pipe, **options), images(transform(pipeline("dit")), **options))
+        assert torch.equal(images(pipe, **options), images(transformed(pipeline("dit")), **options))
     assert torch.equal(images(pipe), expected)
 
 
 @pytest.mark.parametrize("stop_at", [0, 3])
 def test_an_aborted_run(stop_at: int) -> None:
     """The pipeline stopped by its own callback, between two steps: the next run, on the same noise, is as ever."""
-    pipe = transform(pipeline("pixart"))
+    pipe = transformed(pipeline("pixart"))
     expected = images(pipe)
 
     def stop(step: int, *_: Any) -> None:
@@ -144,8 +138,8 @@ def test_another_scheduler_after_the_transform(scheduler: Any) -> None:
     """As diffusers' documentation shows it; its timesteps are read from the calls."""
     expected_pipe = pipeline("dit")
     expected_pipe.scheduler = scheduler.from_config(expected_pipe.scheduler.config)
-    expected = images(transform(expected_pipe), steps=10)
-    pipe = transform(pipeline("dit"))
+    expected = images(transformed(expected_pipe), steps=10)
+    pipe = transformed(pipeline("dit"))
     images(pipe, steps=10)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     reports = reports_of(pipe)
@@ -155,7 +149,7 @@ def test_another_scheduler_after_the_transform(scheduler: Any) -> None:
 
 def test_two_pipelines_share_a_transformer() -> None:
     """Made with ``from_pipe`` or by hand: one dispatcher serves both, each run by itself."""
-    first = transform(pipeline("dit"))
+    first = transformed(pipeline("dit"))
     expected = images(first)
     second = DiTPipeline(transformer=first.transformer, vae=first.vae, scheduler=copy.deepcopy(first.scheduler))
     second.set_progress_bar_config(disable=True)
@@ -164,14 +158,14 @@ def test_two_pipelines_share_a_transformer() -> None:
 
 def test_a_pipeline_without_a_transformer() -> None:
     with pytest.raises(ConfigError, match=r"diffusers pipeline with a \.transformer"):
-        transform(PixArtAlphaPipeline(tokenizer=None, text_encoder=None, vae=pipeline("dit").vae, transformer=None, scheduler=None))
+        transformed(PixArtAlphaPipeline(tokenizer=None, text_encoder=None, vae=pipeline("dit").vae, transformer=None, scheduler=None))
 
 
 def test_transforming_the_model_by_hand() -> None:
     """The dispatcher put in the transformer's place, without the pipeline being known: timesteps alone tell the steps."""
-    expected = images(transform(pipeline("dit")))
+    expected = images(transformed(pipeline("dit")))
     pipe = pipeline("dit")
-    pipe.transformer = transform(build("dit"))
+    pipe.transformer = transformed(build("dit"))
     reports = reports_of(pipe)
     assert torch.equal(images(pipe), expected) and torch.equal(images(pipe, seed=0), expected)
     assert [r.step for r in reports] == [*range(8), *range(8)]

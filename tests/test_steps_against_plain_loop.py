@@ -35,7 +35,7 @@ def compare(kind: str, config: CacheConfig, predictor: CachePredictor | None = N
 
 
 def settings(**changes: Any) -> CacheConfig:
-    defaults: dict[str, Any] = {"ratio": 0.9, "last_k": LAST_K, "schedule": Schedule(every=EVERY)}
+    defaults: dict[str, Any] = {"ratio": 0.9, "last_k": LAST_K, "context": "cached", "scorer": "change", "schedule": Schedule(every=EVERY)}
     return CacheConfig(**defaults | changes)
 
 

@@ -15,6 +15,15 @@ import tokencache_compile
 Model = Any  # a diffusers transformer or a dispatcher; their attributes are not typed
 Call = Callable[[int, Tensor, Tensor], Tensor]  # (step, sample, timesteps [B]) -> the model's output
 ROWS, TOKENS, LAYERS, LAST_K = 4, 16, 4, 1
+SETTINGS: dict[str, Any] = {
+    "ratio": 0.9,
+    "last_k": LAST_K,
+    "context": "cached",
+    "forecast": 2,
+    "history": "full_steps",
+    "scorer": "change",
+    "backend": "eager",
+}
 
 
 def build(kind: str, layers: int = LAYERS, std: float | None = None, heads: int = 2, **changes: Any) -> Model:
@@ -68,8 +77,10 @@ def inputs(kind: str, rows: int = ROWS, seed: int = 1, dtype: torch.dtype = torc
 
 
 def transformed(model: Model, **changes: Any) -> Model:
-    """A dispatcher on the model: ratio 0.9, no compiler, and ``changes``."""
-    settings: dict[str, Any] = {"ratio": 0.9, "last_k": LAST_K, "backend": "eager"}
+    """A dispatcher on the model with :data:`SETTINGS` and ``changes``, or with a ``config``."""
+    settings: dict[str, Any] = {"backend": "eager"} if "config" in changes else dict(SETTINGS)
+    if changes.get("predictor") is not None:
+        settings.pop("scorer", None)
     return tokencache_compile.transform(model, **settings | changes)
 
 

@@ -75,8 +75,9 @@ class Steps:
         self.steps = steps
         device = inputs[0].device
         full, cached = make_engine(backend, steps.full), make_engine(backend, steps.cached[0])
-        _, caches = full(inputs, [torch.zeros((), device=device)], steps.initial_caches(device))
-        extras = [torch.ones((), device=device)]
+        random = [torch.rand(steps.random_shape, device=device)] if steps.plan.config.scorer == "random" else []
+        _, caches = full(inputs, [torch.zeros((), device=device), *random], steps.initial_caches(device))
+        extras = [torch.ones((), device=device), *random]
         self.full = lambda: full(inputs, extras, caches)
         self.cached = lambda: cached(inputs, extras, caches)
 

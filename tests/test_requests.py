@@ -137,7 +137,7 @@ def test_going_on_after_an_exception_begins_anew(model: Model) -> None:
     with pytest.raises(KeyboardInterrupt):
         ten_steps(dispatcher)
     reports = kinds(dispatcher)
-    given = inputs("dit", timestep=700)
+    given = inputs("dit", timestep=600)
     with torch.no_grad():
         assert torch.equal(dispatcher(**given).sample, model(**given).sample)
     assert [(r.kind, r.step) for r in reports] == [("I", 0)]

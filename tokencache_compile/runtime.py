@@ -264,7 +264,7 @@ class Dispatcher(nn.Module):
             )
         floats = [t for t in tensors if t.is_floating_point()]
         reads = [timestep.detach().flatten()[:1].float(), *(t.isnan().any().float().reshape(1) for t in floats)]
-        value, *nans = torch.cat(reads).tolist()
+        value, *nans = torch.cat([read.to(sample.device) for read in reads]).tolist()  # a timestep may be on another device
         if any(nans):
             names = [name for name, leaf in call.items() if any(t.is_floating_point() and bool(t.isnan().any()) for t in _tensors(leaf))]
             raise InputError(

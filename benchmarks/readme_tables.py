@@ -1,3 +1,4 @@
+# ruff: noqa: E501  the text below is prose with figures in it
 """Write the README's results between its markers from the JSON files of the benchmarks, so that no figure is typed by hand.
 
     python benchmarks/readme_tables.py          # after benchmarks/results/*.json and docs/demo.json are new

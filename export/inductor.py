@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
-from tokencache_compile.ir import StepProgram
 
-
-def compile_step(step: StepProgram) -> Callable[..., Any]:
-    """Compile a step program; shapes are static, a graph break is an error."""
-    compiled: Callable[..., Any] = torch.compile(step.module, fullgraph=True, dynamic=False)
+def compile_step(module: GraphModule) -> Callable[..., Any]:
+    """Compile a step graph; shapes are static, a graph break is an error."""
+    compiled: Callable[..., Any] = torch.compile(module, fullgraph=True, dynamic=False)
     return compiled

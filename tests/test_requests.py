@@ -133,7 +133,12 @@ def test_an_exception_inside_a_step(
 def test_going_on_after_an_exception_begins_anew(model: Model) -> None:
     """The caches of a failed step are not trusted: the next call is an I-step, whatever its timestep."""
     dispatcher = fresh(model)
-    dispatcher.step_callback = lambda report: exec("raise KeyboardInterrupt") if report.step == 2 else None
+
+    def interrupt(report: StepReport) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    dispatcher.step_callback = interrupt
     with pytest.raises(KeyboardInterrupt):
         ten_steps(dispatcher)
     reports = kinds(dispatcher)
@@ -197,6 +202,19 @@ def test_a_run_after_another_one(model: Model, expected: list[Tensor], before: B
     before(dispatcher)
     assert same_bits(ten_steps(dispatcher), expected)
     assert dispatcher.summary().full_steps == 3 and dispatcher.summary().cached_steps == 7
+
+
+@pytest.mark.parametrize(("rows", "size"), [(2, 8), (4, 12)])
+def test_another_shape_begins_a_request(model: Model, rows: int, size: int) -> None:
+    """Even where the timesteps go on falling: the caches are of the other shape."""
+    dispatcher = fresh(model)
+    with pytest.raises(Stop):
+        ten_steps(dispatcher, stop_at=3)
+    given = inputs("dit", rows=rows, timestep=600) | {"hidden_states": sample(rows, size=size)}
+    reports = kinds(dispatcher)
+    with torch.no_grad():
+        assert torch.equal(dispatcher(**given).sample, model(**given).sample)
+    assert [(r.kind, r.step) for r in reports] == [("I", 0)]
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 8), (4, 12), (3, 4)])
@@ -358,6 +376,19 @@ def test_sequential_guidance(model: Model, named: bool, watch: bool) -> None:
 
 def _stop() -> Tensor:
     raise Stop
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+def test_sequential_guidance_after_an_aborted_run_on_the_same_noise(model: Model, stop_at: int) -> None:
+    """Named branches tell a run that begins again from the next branch, at the first step too, without a scheduler."""
+    dispatcher = fresh(model)
+    call = guided(*branches_of(dispatcher, named=True))
+    expected = ddim(guided(*branches_of(fresh(model), named=True)), sample(), STEPS)
+    with pytest.raises(Stop):
+        ddim(lambda n, x, t: call(n, x, t) if n < stop_at else _stop(), sample(), STEPS)
+    reports = kinds(dispatcher)
+    assert same_bits(ddim(call, sample(), STEPS), expected)
+    assert [(r.kind, r.step) for r in reports[:4]] == [("I", 0), ("I", 0), ("P", 1), ("P", 1)]
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.export import cpu_kernels
 from tokencache_compile.export.inductor import compile_step
 from tokencache_compile.ir import StepProgram
 
@@ -28,7 +29,10 @@ class TorchEngine:
 
     def __init__(self, step: StepProgram, compiled: bool) -> None:
         self.num_outputs = step.num_outputs
-        self.run = compile_step(step) if compiled else step.module
+        module = step.module
+        if (compiled or step.kind == "P") and step.on_float32_cpu and cpu_kernels.available():
+            module = cpu_kernels.lower_linears(module)
+        self.run = compile_step(module) if compiled else module
 
     def __call__(self, inputs: Sequence[Tensor], extras: Sequence[Tensor], caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         with torch.no_grad():

@@ -200,6 +200,12 @@ class StepProgram:
     caches: tuple[CacheSpec, ...]
     provenance: tuple[str, ...] = field(default=())
 
+    @property
+    def on_float32_cpu(self) -> bool:
+        """Whether every weight of the step is a float32 tensor on the CPU."""
+        tensors = [t for t in (*self.module.parameters(), *self.module.buffers()) if t.is_floating_point()]
+        return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+
     def describe(self) -> str:
         """Which passes made this program, and its graph, printed as code."""
         return "\n".join([f"{self.kind}-step, keep {self.keep}", *self.provenance, self.module.code])

@@ -1,0 +1,48 @@
+"""CPU lowering: linears through oneDNN, which beats torch's general matmul most where a P-step is: few rows, cold weights.
+
+Measured on two cores of a Zen 5, float32: 2 rows by [6912, 1152] 4.0 → 1.1 ms, 52 rows by [4608, 1152] 3.7 → 1.8 ms. Compiled
+steps take it, and P-steps always; an eager I-step keeps torch's own kernels, because it is the model's own result bit for bit.
+Other devices and dtypes are left alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from tokencache_compile.passes.regions import Region
+
+_LINEAR = torch.ops.aten.linear.default
+
+
+@torch.library.custom_op("tokencache_compile::linear", mutates_args=())
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` by oneDNN. An operator of its own, because inductor takes oneDNN's only for constant weights."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+@onednn_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def available() -> bool:
+    """Whether this torch has oneDNN's linear for plain, unpacked weights."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def lower_linears(module: GraphModule) -> GraphModule:
+    """A copy of a step graph, weights shared, whose linears and whose regions' linears are oneDNN's."""
+    graph = Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=_LINEAR):
+        x, weight, *bias = node.args
+        node.target = torch.ops.tokencache_compile.linear.default
+        node.args = (x, weight, bias[0] if bias else None)
+    lowered = GraphModule(module, graph)
+    for name, region in list(module.named_children()):
+        if isinstance(region, Region):
+            setattr(lowered, name, Region(lower_linears(region.graph_module)))
+    return lowered

@@ -71,7 +71,7 @@ def section() -> str:
     shown = read("docs/demo.json")
     transform = steps["transform"]["default"]
     return f"""**The demo** (reference DiT, 50 guided DDIM steps, ratio 0.9, default settings, compiled, {shown["machine"]["threads"]} CPU threads, torch \
-{steps["torch"]}; latency of whole runs in turn). At equal MACs the cached run is **{shown["margin_db"]:+.1f} dB** ahead of the run with fewer steps.
+{steps["torch"]}, load average {shown["machine"]["load_average"]}; latency of whole runs in turn). At equal MACs the cached run is **{shown["margin_db"]:+.1f} dB** ahead of the run with fewer steps.
 
 {demo()}
 
@@ -86,6 +86,9 @@ does not pay here: `ratio=1.0` is ahead at fewer MACs. The learned predictor is 
 {steps["weight_bytes"] / 2**30:.1f} GiB.
 
 {latency()}
+
+An eager I-step keeps torch's own kernels, because it is the model's own result bit for bit; P-steps and everything compiled take oneDNN's linears. So the compiled I-step is
+itself twice as fast as the eager model, and what the P-step cannot drop (conditioning weights streamed for two rows) weighs more beside it: its time over MACs is above 1.
 
 **The reference DiT**: a classifier that is right on {judged["overall"]["classifier_accuracy"]:.1%} of the real test images names the requested class for \
 **{judged["overall"]["agreement"]:.1%}** of {judged["settings"]["samples"]} guided 50-step samples. No GPU was at hand for these figures; `step_latency.py --device cuda` is ready for one."""

@@ -29,8 +29,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def available() -> bool:
-    """Whether this torch has oneDNN's linear for plain, unpacked weights."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this torch has oneDNN's linear for plain, unpacked weights; autocast, which chooses dtypes itself, knows nothing of it."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not torch.is_autocast_enabled("cpu")
 
 
 def lower_linears(module: GraphModule) -> GraphModule:

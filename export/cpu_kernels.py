@@ -16,16 +16,24 @@ from tokencache_compile.passes.regions import Region
 _LINEAR = torch.ops.aten.linear.default
 
 
-@torch.library.custom_op("tokencache_compile::linear", mutates_args=())
+# An operator of its own, because inductor takes oneDNN's only for constant weights. Defined by hand and not as a `custom_op`,
+# whose checks take as long at every call as a small linear.
+_LIBRARY = torch.library.Library("tokencache_compile", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN. An operator of its own, because inductor takes oneDNN's only for constant weights."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """``x @ weight.T + bias`` by oneDNN."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return result
 
 
-@onednn_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_LIBRARY.impl("linear", onednn_linear, "CPU")
+torch.library.register_fake("tokencache_compile::linear", _linear_shape, lib=_LIBRARY)
 
 
 def available() -> bool:

@@ -10,6 +10,8 @@ import torch
 from tokencache_compile.ir import BlockProgram, CacheSpec, CacheUnit
 from tokencache_compile.plan import CacheConfig, CachePlan
 
+SHARED_STAMPS = "stamps"
+
 
 @dataclass(frozen=True)
 class UnitCaches:
@@ -18,11 +20,16 @@ class UnitCaches:
     updates: tuple[CacheSpec, ...]
     stamps: CacheSpec | None
     score: CacheSpec | None
-    context: tuple[CacheSpec, ...]
+    context: tuple[tuple[CacheSpec, ...], ...]
 
     @property
     def all(self) -> tuple[CacheSpec, ...]:
-        return (*self.updates, *self.single, *self.context)
+        return (*self.updates, *self.single, *self.flat_context)
+
+    @property
+    def flat_context(self) -> tuple[CacheSpec, ...]:
+        """What the context keeps (keys and values, or attention outputs), each with its older values after it."""
+        return tuple(spec for history in self.context for spec in history)
 
     @property
     def single(self) -> tuple[CacheSpec, ...]:
@@ -33,23 +40,26 @@ class UnitCaches:
 def written_in_p_steps(caches: UnitCaches, config: CacheConfig) -> tuple[CacheSpec, ...]:
     """The caches of a unit that a P-step changes: the history if it takes computed updates, keys and values if cached."""
     history = (*caches.updates, *caches.single) if config.history == "computed" else ()
-    return (*history, *(caches.context if config.context == "cached" else ()))
+    return (*history, *(caches.flat_context if config.context == "cached" else ()))
 
 
-def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> tuple[CacheSpec, ...]:
+def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> tuple[tuple[CacheSpec, ...], ...]:
     stream = program.known_stream
     body = program.body_of(program.blocks[unit.first])
     nodes = {n.name: n for n in body.graph_module.graph.nodes}
-    specs = []
+    specs: list[tuple[CacheSpec, ...]] = []
     for number, attention in enumerate(body.known_roles.attentions):
         suffix = f"{unit.name}_{number}" if len(body.known_roles.attentions) > 1 else unit.name
         if plan.config.context == "cached":
             for name, part in zip(("key", "value"), nodes[attention.node].args[1:3], strict=True):
                 rest = _per_token_shape(part)
-                specs.append(CacheSpec(f"{name}_{suffix}", (stream.batch, stream.tokens, *rest), part.meta["val"].dtype))
+                specs.append((CacheSpec(f"{name}_{suffix}", (stream.batch, stream.tokens, *rest), part.meta["val"].dtype),))
         elif plan.config.context == "reuse":
             output = nodes[attention.output].meta["val"]
-            specs.append(CacheSpec(f"attention_{suffix}", (stream.batch, stream.tokens, int(output.shape[-1])), output.dtype))
+            # Reused attention is forecast like the updates, where their stamps are its own: those of the I-steps.
+            depth = plan.config.forecast + 1 if plan.config.history == "full_steps" else 1
+            shape = (stream.batch, stream.tokens, int(output.shape[-1]))
+            specs.append(tuple(CacheSpec(f"attention_{suffix}_{i}", shape, output.dtype) for i in range(depth)))
     return tuple(specs)
 
 
@@ -59,6 +69,18 @@ def _per_token_shape(node: object) -> tuple[int, ...]:
     return (int(shape[1]), int(shape[3])) if len(shape) == 4 else (int(shape[2]),)
 
 
+def _stamps(config: CacheConfig, unit: CacheUnit, grid: tuple[int, int]) -> CacheSpec:
+    """The steps at which a token's updates were computed; one list for all tokens of all units where only I-steps enter the history."""
+    if config.history == "full_steps":
+        return CacheSpec(SHARED_STAMPS, (1, 1, config.forecast + 1), torch.float32, -1.0)
+    return CacheSpec(f"stamps_{unit.name}", (*grid, config.forecast + 1), torch.float32, -1.0)
+
+
+def cache_specs(caches: Sequence[UnitCaches]) -> tuple[CacheSpec, ...]:
+    """The caches of a program in the order of its graphs' inputs, each once."""
+    return tuple(dict.fromkeys(spec for unit in caches for spec in unit.all))
+
+
 def unit_caches(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUnit]) -> tuple[UnitCaches, ...]:
     """The caches of every unit."""
     stream, config = program.known_stream, plan.config
@@ -66,7 +88,7 @@ def unit_caches(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUni
     found = []
     for unit in units:
         updates = tuple(CacheSpec(f"update_{unit.name}_{i}", (*grid, stream.channels), stream.dtype) for i in range(config.forecast + 1))
-        stamps = CacheSpec(f"stamps_{unit.name}", (*grid, config.forecast + 1), torch.float32, -1.0) if config.forecast else None
+        stamps = _stamps(config, unit, grid) if config.forecast else None
         scored = config.scorer in ("change", "norm") and not unit.skipped
         score = CacheSpec(f"score_{unit.name}", grid, torch.float32) if scored else None
         context = () if unit.skipped else _context_caches(program, plan, unit)

@@ -61,7 +61,9 @@ class BodyCopy:
                 env[node] = self.kept[node]  # conditioning is computed once, whatever the token set
             else:
                 env[node] = self.graph.node_copy(node, lambda n: env[n])
-                env[node].meta = {key: value for key, value in node.meta.items() if key == "nn_module_stack"}
+                # Shapes hold for another token count only where there are no tokens.
+                kept = ("nn_module_stack",) if node in self.per_token else ("nn_module_stack", "val")
+                env[node].meta = {key: value for key, value in node.meta.items() if key in kept}
         return env[node]
 
     def _nodes(self) -> list[Node]:
@@ -103,21 +105,21 @@ class BodyCopy:
     def run_kept(
         self,
         context: Context,
-        caches: Sequence[Any],
-        take: Callable[[Any], Any],
+        given: Sequence[Any],
         put: Callable[[Any, Any], Any],
         new_caches: list[Any],
     ) -> Node:
         """The body on the kept tokens, its attention rewritten for ``context``; returns their stream.
 
-        ``caches`` are this context's cache proxies; the ones a P-step writes are appended to ``new_caches``.
+        ``given``: the kept tokens' attention outputs (``reuse``), or the caches of all tokens' keys and values (``cached``);
+        caches that a P-step writes are appended to ``new_caches``.
         """
-        stored = iter(caches)
+        stored = iter(given)
         attentions = {sdpa: output for sdpa, output in self._attention_nodes()}
         outputs = set(attentions.values())
         for node in self._nodes():
             if context == "reuse" and node in outputs:
-                self.kept[node] = tokens_first(take(next(stored)), node.meta["val"].dim()).node
+                self.kept[node] = tokens_first(next(stored), node.meta["val"].dim()).node
             elif context in ("full", "cached") and node in attentions:
                 self.kept[node] = self._attend(node, context, stored, put, new_caches)
             else:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from tokencache_compile.ir import Block, BlockProgram, CacheUnit, StepProgram
-from tokencache_compile.passes.caches import UnitCaches, unit_caches
+from tokencache_compile.passes.caches import UnitCaches, cache_specs, unit_caches
 from tokencache_compile.passes.regions import full_region
 from tokencache_compile.passes.step_graph import StepGraph
 from tokencache_compile.plan import CachePlan
@@ -22,7 +22,7 @@ from tokencache_compile.plan import CachePlan
 def make_full(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUnit], extras: Sequence[str]) -> StepProgram:
     """The I-step graph of ``plan``. With no ``units`` nothing is cached: the model itself as a step graph."""
     caches = unit_caches(program, plan, units)
-    step = StepGraph(program, [spec for unit in caches for spec in unit.all], extras)
+    step = StepGraph(program, cache_specs(caches), extras)
     unit_of = {index: (unit, c) for unit, c in zip(units, caches, strict=True) for index in range(unit.first, unit.last + 1)}
     entry: dict[int, Node] = {}
 
@@ -61,6 +61,7 @@ def _store(step: StepGraph, plan: CachePlan, names: UnitCaches, written: list[An
         batch, tokens, _ = names.stamps.shape
         now = step.extras["step"].expand(batch, tokens, 1)
         step.cache_out[names.stamps.name] = torch.cat([now, step.cache_in[names.stamps.name][..., : plan.config.forecast]], dim=-1)
-    others = [spec for spec in (names.score, *names.context) if spec is not None]
-    for spec, value in zip(others, rest, strict=True):
-        step.cache_out[spec.name] = value
+    score = [(names.score,)] if names.score is not None else []
+    for history, value in zip([*score, *names.context], rest, strict=True):
+        for spec, moved in zip(history, [value, *(step.cache_in[spec.name] for spec in history[:-1])], strict=True):
+            step.cache_out[spec.name] = moved

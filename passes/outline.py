@@ -26,9 +26,14 @@ from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, lifted_name
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
+def _is_simple(value: Any) -> bool:
+    """Whether a value, or all that a plain container holds, tells by its ``repr`` what it is (peft keeps scales in dictionaries)."""
+    return all(isinstance(leaf, _SIMPLE) for leaf in pytree.tree_leaves(value))
+
+
 def _simple_attributes(module: nn.Module) -> tuple[Any, ...]:
     values = {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "training"}
-    return tuple(sorted((k, repr(v)) for k, v in values.items() if isinstance(v, _SIMPLE) or inspect.isfunction(v)))
+    return tuple(sorted((k, repr(v)) for k, v in values.items() if _is_simple(v) or inspect.isfunction(v)))
 
 
 def structure_key(call: BlockCall) -> tuple[Any, ...]:

@@ -41,9 +41,17 @@ class StepPrograms:
     output_spec: Any
 
     @property
-    def random_shape(self) -> tuple[int, int]:
-        """[L cached, N]: scores of the ``random`` scorer."""
-        return (self.plan.num_cached, self.plan.tokens)
+    def random_shape(self) -> tuple[int, int, int]:
+        """[1, L cached, N]: scores of the ``random`` scorer, the same for every row."""
+        return (1, self.plan.num_cached, self.plan.tokens)
+
+    def step_inputs(self, step: int, device: torch.device) -> list[Tensor]:
+        """What a program takes between the model's tensors and the caches: the step's index, and random scores if it uses them."""
+        inputs = [torch.full((), float(step), device=device)]
+        if self.plan.config.scorer == "random":
+            draw = torch.Generator().manual_seed(step)  # the same for both guidance branches
+            inputs.append(torch.rand(self.random_shape, generator=draw).to(device))
+        return inputs
 
     def initial_caches(self, device: torch.device) -> list[Tensor]:
         """The caches of a new request."""
@@ -78,7 +86,7 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
     extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
     full = make_full(program, plan, units, extras)
     cached = tuple(make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
-    random_shape = (plan.num_cached, plan.tokens)
+    random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
     steps = StepPrograms(program, plan, units, full, cached, macs_full, tuple(macs_cached), captured.output_spec)
     initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]

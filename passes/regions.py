@@ -15,8 +15,17 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from tokencache_compile.ir import Body, Stream
-from tokencache_compile.passes.cache_ops import add_forecast, put_tokens, take_tokens, token_rows, update_score
+from tokencache_compile.passes.cache_ops import (
+    add_forecast,
+    extrapolate,
+    forecast_weights,
+    put_tokens,
+    take_tokens,
+    token_rows,
+    update_score,
+)
 from tokencache_compile.passes.context import BodyCopy
+from tokencache_compile.passes.narrow_linears import narrow_linears
 from tokencache_compile.plan import CacheConfig
 
 
@@ -52,6 +61,7 @@ class _RegionGraph:
         self.graph.output(tuple(value.node for value in outputs))
         # Attention may draw dropout, so torch.fx would keep it though nothing reads it (context "reuse").
         self.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
+        narrow_linears(self.graph)
         self.graph.lint()
         return Region(GraphModule(body.graph_module, self.graph))
 
@@ -77,21 +87,29 @@ def full_region(body: Body, config: CacheConfig, has_score: bool) -> Region:
     return region.finish(body, [output, update, *scores, *context])
 
 
-def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, num_context: int) -> Region:
-    """A P-step's block: ``(*weights, *inputs, index, step, *caches) -> (stream, *written caches)``.
+def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, context_depths: Sequence[int]) -> Region:
+    """A P-step's block: ``(*weights, *inputs, index, *forecast, *updates, [score], *context) -> (stream, *written caches)``.
 
     Gathers the tokens of ``index`` [B, n], runs the body on them and scatters the stream back; every other token adds its
-    held or forecast update. ``caches`` are the updates, newest first, the stamps if there is a forecast, the score if the
-    scorer keeps one, and the context's caches. Which of them are written: see :func:`caches.written_in_p_steps`.
+    held or forecast update. ``forecast`` is nothing (order 0), the m+1 weights [1, 1, 1] that hold for all tokens (only
+    I-steps in the history), or each token's stamps and the step. ``updates`` are newest first; the score is there if the
+    scorer keeps one. Which caches are written: see :func:`caches.written_in_p_steps`.
     """
     region = _RegionGraph(body)
     roles = body.known_roles
     batch, tokens, order = stream.batch, stream.tokens, config.forecast
-    index, step = region.placeholder("index"), region.placeholder("step")
+    shared = config.history == "full_steps"
+    index = region.placeholder("index")
+    if order and shared:
+        forecast = [region.placeholder(f"forecast_weight_{i}") for i in range(order + 1)]
+    elif order:
+        stamps, step = region.placeholder("stamps"), region.placeholder("step")
+        forecast = forecast_weights(stamps, step, order)
+    else:
+        forecast = []
     updates = [region.placeholder(f"update_{i}") for i in range(order + 1)]
-    stamps = region.placeholder("stamps") if order else None
     score = region.placeholder("score") if config.scorer in ("change", "norm") else None
-    context = [region.placeholder(f"{config.context}_{i}") for i in range(num_context)]
+    context = [[region.placeholder(f"{config.context}_{i}_{j}") for j in range(depth)] for i, depth in enumerate(context_depths)]
 
     rows = token_rows(index, batch, tokens)
 
@@ -115,16 +133,20 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, nu
 
     copy = BodyCopy(region.graph, body, region.weights, region.inputs, kept_inputs)
     new_context: list[Any] = []
-    output = region.proxy(copy.run_kept(config.context, context, take, put, new_context))
-    held = add_forecast(x, updates, stamps, step, order)
+    if config.context == "reuse":
+        given = [extrapolate([take(value) for value in history], forecast if len(history) > 1 else []) for history in context]
+    else:
+        given = [history[0] for history in context]
+    output = region.proxy(copy.run_kept(config.context, given, put, new_context))
+    held = add_forecast(x, updates, forecast)
     stream_out = put(held, output)
-    if config.history == "full_steps":
+    if shared:
         return region.finish(body, [stream_out, *new_context])
     update = output - x_kept
     results = [stream_out, put(updates[0], update)]
     older = [take(value) for value in updates[: max(order, 1)]]
     results += [put(cache, value) for cache, value in zip(updates[1:], older, strict=False)]
-    if stamps is not None:
+    if order:
         now = torch.cat([step.expand(batch, kept, 1), take(stamps)[..., :order]], dim=-1)
         results.append(put(stamps, now))
     if score is not None:

@@ -36,7 +36,7 @@ def select(step: StepGraph, plan: CachePlan, block: int, kept: int, names: UnitC
     if names.score is not None:
         own = step.cache_in[names.score.name]
     elif plan.config.scorer == "random":
-        own = step.extras["random_scores"][block : block + 1]
+        own = step.extras["random_scores"][:, block]
     else:
         own = scores[:, block]
     return select_tokens(own, kept, plan.config.selection, batch)

@@ -34,12 +34,12 @@ def verify_blocks(program: BlockProgram) -> None:
             raise InvariantError(f"{block.fqn} lacks the weights {missing}")
 
 
-def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int]) -> int:
+def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int]) -> int:
     """Run the step on shapes alone: caches come out as they went in. Returns the step's MACs.
 
     Args:
         inputs: example inputs (only their shapes are used).
-        num_random: shape [L cached, N] of the ``random_scores`` input, if the step has one.
+        num_random: shape [1, L cached, N] of the ``random_scores`` input, if the step has one.
     """
     step.module.graph.lint()
     if any(n.target is BLOCK_OP for n in step.module.graph.nodes):
@@ -79,11 +79,10 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
         x = torch.randn(tensors[roles.stream_input].shape, generator=draw).to(tensors[roles.stream_input])
         tensors[roles.stream_input] = x
         weights = [program.tensors[name] for name in block.weight_fqns(body)]
-        region = cached_region(body, config, stream, kept, 0).graph_module
+        region = cached_region(body, config, stream, kept, ()).graph_module
         with torch.no_grad():
             expected = body.graph_module(*weights, *tensors)[roles.stream_output][:, index[0]].float()
-            given = (index, torch.zeros((), device=stream.device), torch.zeros_like(x))
-            got = region(*weights, *tensors, *given)[0][:, index[0]].float()
+            got = region(*weights, *tensors, index, torch.zeros_like(x))[0][:, index[0]].float()
         tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
         error = (got - expected).norm() / (expected - x[:, index[0]].float()).norm().clamp_min(1e-6)
         if not bool(error < tolerance) and not torch.allclose(got, expected, atol=1e-5):

@@ -23,6 +23,7 @@ def dit_macs(config: Any, keep: Sequence[int | None], context: str = "kept", pre
         elif kept:
             attended = {"kept": kept, "cached": tokens, "full": tokens, "reuse": 0}[context]
             total += _block(width, kept, attended, tokens if context == "full" else kept, 0 if context == "reuse" else kept) + embedding
+            total -= 2 * width**2 if context == "reuse" else 0  # nothing reads the shift and scale before attention
     total += embedding + 2 * width**2 + tokens * width * patch * config.out_channels
     total += full + tokens * width * len(keep) if predictor else 0
     return total

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class BlockState:
     score: Tensor  # [B, N] fp32; stays 0 for the scorer "external"
     key: Tensor | None = None  # [B, heads, N, head_dim], context "cached"
     value: Tensor | None = None  # [B, heads, N, head_dim], context "cached"
-    attention: Tensor | None = None  # [B, N, C] output of attn1 before the gate, context "reuse"
+    attention: list[Tensor] | None = None  # outputs of attn1 [B, N, C] before the gate, newest first, context "reuse"
 
 
 @dataclass
@@ -69,20 +70,22 @@ def put(tokens: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 
 def forecast_update(history: Sequence[Tensor], stamps: Tensor, step: int) -> Tensor:
-    """Newton extrapolation of each token's update to `step`, in fp32, through its valid entries. [B, N, C]."""
-    u = [entry.float() for entry in history]
-    s = [stamps[..., j : j + 1].float() for j in range(len(u))]  # [B, N, 1], broadcast over C
-    result = u[0]
-    if len(u) > 1:
-        valid = s[1] >= 0
-        # torch.where drops the invalid branch whole, so whatever stands in it (inf, nan) does not leak
-        d01 = (u[0] - u[1]) / (s[0] - s[1])
-        result = result + torch.where(valid, (step - s[0]) * d01, torch.zeros_like(d01))
-    if len(u) > 2:
-        valid = (s[1] >= 0) & (s[2] >= 0)
-        d12 = (u[1] - u[2]) / (s[1] - s[2])
-        d012 = (d01 - d12) / (s[0] - s[2])
-        result = result + torch.where(valid, (step - s[0]) * (step - s[1]) * d012, torch.zeros_like(d012))
+    """Polynomial extrapolation of each token's update to `step`, in fp32, through its valid entries. [B, N, C].
+
+    The highest degree whose Lagrange weights do not add up to more than 7 in absolute value; one list of stamps at a time.
+    """
+    u = torch.stack([entry.float() for entry in history])
+    result = u[0].clone()
+    for times in stamps.flatten(0, 1).unique(dim=0).tolist():
+        nodes = [t for t in times if t >= 0] if len(times) > 1 else times[:1]
+        tokens = (stamps == torch.tensor(times, device=stamps.device)).all(-1)
+        for count in range(len(nodes), 0, -1):
+            weights = [
+                prod((step - other) / (node - other) for other in nodes[:count] if other != node) for node in nodes[:count]
+            ]
+            if sum(map(abs, weights)) <= 7:
+                result[tokens] = sum(w * entry[tokens] for w, entry in zip(weights, u, strict=False))
+                break
     return result
 
 
@@ -180,7 +183,7 @@ class PlainLoop:
         if self.context == "cached":
             state.key, state.value = key, value
         if self.context == "reuse":
-            state.attention = attention
+            state.attention = [attention, *(state.attention or [torch.zeros_like(attention)] * (self.forecast + 1))[:-1]]
         return x_out
 
     def _partial_block(self, block: Block, x: Tensor, cond: Conditioning, state: BlockState, step: int, index: Tensor) -> Tensor:
@@ -210,7 +213,10 @@ class PlainLoop:
             attention = attend(block, mod.normed, state.key, state.value, cond.self_mask)
         else:
             assert state.attention is not None
-            attention = take(state.attention, index)
+            attention = state.attention[0]
+            if self.history == "full_steps":  # the stamps are those of the I-steps, which the attention was computed at too
+                attention = forecast_update(state.attention, state.stamps, step).to(x.dtype)
+            attention = take(attention, index)
         out_kept = after_attention(block, x_kept, attention, mod, cond)
         if self.history == "full_steps":
             return put(moved, index, out_kept)
@@ -271,7 +277,7 @@ class PlainLoop:
         return_dict: bool = False,  # accepted so that the model's own kwargs can be passed on as they are
     ) -> tuple[Tensor, Conditioning]:
         if cross_attention_kwargs:
-            raise NotImplementedError("cross_attention_kwargs")
+            raise ValueError(f"the plain loop takes no cross_attention_kwargs, and was given {sorted(cross_attention_kwargs)}")
         x = self.model.pos_embed(sample)
         if isinstance(self.model, DiTTransformer2DModel):
             if any(given is not None for given in (encoder_hidden_states, added_cond_kwargs, attention_mask, encoder_attention_mask)):
@@ -338,7 +344,7 @@ def check_block(block: Block) -> None:
         and not attn.fused_projections
     )
     if not known:
-        raise NotImplementedError("this kind of BasicTransformerBlock")
+        raise ValueError("the plain loop knows the blocks of DiT and PixArt; this BasicTransformerBlock has other options")
 
 
 def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

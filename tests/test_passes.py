@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,12 @@ from plain_loop import PlainLoop
 from plain_run import assert_close, make_predictor
 from tiny import LAST_K, LAYERS, ROWS, TOKENS, build, call_of, conditions, ddim, inputs, sample, transformed
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from tokencache_compile import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import CacheUnit, StepProgram
 from tokencache_compile.passes.capture import capture
+from tokencache_compile.passes.narrow_linears import narrow_linears
 from tokencache_compile.passes.pipeline import StepPrograms
 from tokencache_compile.passes.regions import Region
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_step
@@ -65,6 +67,8 @@ def test_selections_gathers_and_scatters(kind: str, context: Any, forecast: int,
     if computed:
         copies += forecast + 1 + (forecast > 0) + scored  # updates, stamps, score
         gathers += forecast + 1 if forecast else scorer == "change"  # older updates and stamps; the previous update
+    elif context == "reuse":
+        gathers += forecast  # the attention's older outputs
     for step, blocks in ((steps.full, 0), (steps.cached[0], CACHED)):
         found = operations(step)
         assert (found["topk"], found["index_copy"], found["index_select"]) == (blocks, blocks * copies, blocks * gathers)
@@ -72,20 +76,23 @@ def test_selections_gathers_and_scatters(kind: str, context: Any, forecast: int,
         assert found["index_put"] == found["scatter"] == found["gather"] == 0
 
 
+@pytest.mark.parametrize("history", ["full_steps", "computed"])
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_caches(context: Any) -> None:
+def test_caches(context: Any, history: Any) -> None:
     """Their names, shapes, types and first values; the same list for every step of a plan."""
-    steps = programs(context=context, forecast=2, keep=((3, 3, 3), (5, 0, 2)), groups=(0, 1))
+    steps = programs(context=context, forecast=2, keep=((3, 3, 3), (5, 0, 2)), groups=(0, 1), scorer="change", history=history)
     grid = (ROWS, TOKENS)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype, float]] = {}
     for block in range(CACHED):
         expected |= {f"update_{block:02d}_{order}": ((*grid, 32), torch.float32, 0.0) for order in range(3)}
-        expected[f"stamps_{block:02d}"] = ((*grid, 3), torch.float32, -1.0)
+        stamps, of = (f"stamps_{block:02d}", grid) if history == "computed" else ("stamps", (1, 1))  # of each token, or one for all
+        expected[stamps] = ((*of, 3), torch.float32, -1.0)
         expected[f"score_{block:02d}"] = (grid, torch.float32, 0.0)
         if context == "cached":
             expected |= {f"{name}_{block:02d}": ((*grid, 2, 16), torch.float32, 0.0) for name in ("key", "value")}
         if context == "reuse":
-            expected[f"attention_{block:02d}"] = ((*grid, 32), torch.float32, 0.0)
+            depth = 3 if history == "full_steps" else 1
+            expected |= {f"attention_{block:02d}_{order}": ((*grid, 32), torch.float32, 0.0) for order in range(depth)}
     assert {spec.name: (spec.shape, spec.dtype, spec.fill) for spec in steps.full.caches} == expected
     assert all(step.caches == steps.full.caches for step in steps.cached) and len(steps.cached) == 2
     assert sum(c.numel() * c.element_size() for c in steps.initial_caches(torch.device("cpu"))) == sum(s.nbytes for s in steps.full.caches)
@@ -348,3 +355,51 @@ def test_a_graph_that_computes_something_else(steps: StepPrograms) -> None:
     assert checked(wrong) == steps.macs_full
     with pytest.raises(UnsupportedModelError, match="differs from an eager run"):
         same_as_eager(wrong, captured, initial)
+
+
+# --- narrow linears -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("read", "narrow"), [((2, 3, 4, 5), 4), ((0, 1), 2), ((1, 4), 4), ((-1,), 1), ((0, 5), 6)])
+def test_linears_compute_only_the_chunks_that_are_read(read: tuple[int, ...], narrow: int) -> None:
+    """From the first chunk read to the last, with the same numbers and a view of the weight; none without both ends idle."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(48, 5), torch.randn(48), torch.randn(3, 5)
+    graph = Graph()
+    given = [graph.placeholder(name) for name in ("x", "weight", "bias")]
+    linear = graph.call_function(torch.ops.aten.linear.default, tuple(given))
+    linear.meta["val"] = torch.empty(3, 48)
+    chunk = graph.call_function(torch.ops.aten.chunk.default, (linear, 6, 1))
+    graph.output(tuple(graph.call_function(operator.getitem, (chunk, position)) for position in read))
+    narrow_linears(graph)
+    graph.lint()
+    rows: list[int] = []
+
+    class Widths(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.target is torch.ops.aten.linear.default:
+                rows.append(value.shape[1])
+            return value
+
+    got = Widths(GraphModule({}, graph)).run(x, weight, bias)
+    expected = torch.nn.functional.linear(x, weight, bias).chunk(6, 1)
+    assert rows == [8 * narrow]
+    for value, position in zip(got, read, strict=True):
+        torch.testing.assert_close(value, expected[position])
+
+
+@pytest.mark.parametrize("obstacle", ["other reader", "other axis", "tokens"])
+def test_linears_stay_whole_where_something_else_reads_them(obstacle: str) -> None:
+    """Another reader of the linear, a split of another axis, or a linear on tokens, whose shape is not known."""
+    graph = Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    linear = graph.call_function(torch.ops.aten.linear.default, (x, weight))
+    if obstacle != "tokens":
+        linear.meta["val"] = torch.empty(6, 6)
+    chunk = graph.call_function(torch.ops.aten.chunk.default, (linear, 6, 0 if obstacle == "other axis" else 1))
+    first = graph.call_function(operator.getitem, (chunk, 0))
+    graph.output((first, linear) if obstacle == "other reader" else (first,))
+    before = str(graph)
+    narrow_linears(graph)
+    assert str(graph) == before

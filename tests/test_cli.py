@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 import tokencache_compile
+from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.cli import app
 from tokencache_compile.demo import SCHEDULER_CONFIG, DemoResult, DemoSettings, Run, amplification, draw_grid, sparkline, steps_for_macs
 from tokencache_compile.errors import ConfigError, UnsupportedModelError
 from tokencache_compile.explain import cost_of, example_inputs, load_config, name_blocks, run_macs
+from tokencache_compile.fingerprint import fingerprint
 from tokencache_compile.metrics import deviation_per_step, mean_abs_deviation, psnr
 from tokencache_compile.passes.pipeline import build_steps
 from tokencache_compile.plan import CacheConfig, Context
 from tokencache_compile.runtime import Summary
-from tokencache_compile.sampling import sample
+from tokencache_compile.sampling import Conditions, sample
 
 STEPS, SAMPLES, GUIDANCE, RATIO, SEED = 9, 1, 2.5, 0.8, 3
 LEFT, TOP, CELL = 200, 40, 64 + 6  # of the picture of 16 x 16 images
@@ -175,8 +177,9 @@ def test_demo_figures_are_those_of_the_model_itself(demo: Demo, folder: Path) ->
     scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
     dispatcher = tokencache_compile.transform(model, RATIO, backend="eager", scheduler=scheduler)
     steps: dict[str, list[Tensor]] = {"eager": [], "cached": []}
-    reference = sample(model, DDIMScheduler(**SCHEDULER_CONFIG), labels, noise, STEPS, GUIDANCE, 10, lambda _, x: steps["eager"].append(x))
-    images = sample(dispatcher, scheduler, labels, noise, STEPS, GUIDANCE, 10, lambda _, x: steps["cached"].append(x))
+    conditions = Conditions.of_labels(labels, 10, GUIDANCE)
+    reference = sample(model, DDIMScheduler(**SCHEDULER_CONFIG), noise, STEPS, conditions, lambda _, x: steps["eager"].append(x))
+    images = sample(dispatcher, scheduler, noise, STEPS, conditions, lambda _, x: steps["cached"].append(x))
     cached = demo.figures["runs"]["cached"]
     error = (images.clamp(-1, 1) - reference.clamp(-1, 1)).double().square().mean()
     assert cached["psnr_db"] == pytest.approx(float(10 * torch.log10(4 / error)), abs=1e-3)
@@ -241,6 +244,21 @@ def test_demo_without_caching_has_no_margin(folder: Path, tmp_path: Path) -> Non
     assert "No margin" in result.output
 
 
+def test_demo_runs_an_artefact(folder: Path, tmp_path: Path) -> None:
+    """Its plan and its ratio, unless another ratio is asked for."""
+    model = DiTTransformer2DModel.from_pretrained(folder).eval()
+    config = tokencache_compile.CacheConfig(ratio=1.0, last_k=0, schedule=tokencache_compile.Schedule(every=2))
+    CacheArtefact(config=config, base=fingerprint(model)).save_pretrained(tmp_path / "plan")
+    common = ("demo", "--model", str(folder), "--plan", str(tmp_path / "plan"), "--backend", "eager", "--steps", "4")
+    common += ("--samples", "1", "--repeats", "1")
+    for given, ratio in (((), 1.0), (("--ratio", "0.5"), 0.5)):
+        assert invoke(*common, "--out", str(tmp_path / "out"), *given).exit_code == 0
+        figures = json.loads((tmp_path / "out" / "demo.json").read_text())
+        assert figures["settings"]["ratio"] == ratio and figures["settings"]["plan"] == str(tmp_path / "plan")
+        assert f"ratio {ratio}" in figures["plan"]
+    assert "no artefact" in refused("demo", "--model", str(folder), "--plan", str(tmp_path / "none"))
+
+
 def test_demo_refuses_with_one_message(folder: Path, tmp_path: Path) -> None:
     assert "ratio=1.5 was asked for" in refused("demo", "--ratio", "1.5")
     assert "[0, 1]" in refused("demo", "--ratio", "1.5")  # not taken for markup
@@ -260,17 +278,17 @@ def test_sample_is_guided_ddim() -> None:
     """Against the formula of DDIM written out, with a predictor whose answer depends on labels, timestep and sample."""
     calls: list[int] = []
 
-    def predict(rows: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
+    def predict(rows: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool) -> tuple[Tensor]:
+        assert not return_dict
         calls.append(len(rows))
         value = rows * 0.3 + class_labels.view(-1, 1, 1, 1) * 0.1 - timestep.view(-1, 1, 1, 1) / 5000
         variance = torch.full_like(value, math.nan)  # must be left aside
-        return type("Output", (), {"sample": torch.cat([value, variance], dim=1)})
+        return (torch.cat([value, variance], dim=1),)
 
     noise, labels = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 4, 2])
     seen: list[tuple[int, Tensor]] = []
-    images = sample(
-        predict, DDIMScheduler(**SCHEDULER_CONFIG), labels, noise, 5, 3.0, 10, lambda index, x: seen.append((index, x))
-    )  # fmt: skip
+    conditions = Conditions.of_labels(labels, 10, 3.0)
+    images = sample(predict, DDIMScheduler(**SCHEDULER_CONFIG), noise, 5, conditions, lambda index, x: seen.append((index, x)))
 
     alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
     x, predictions = noise.double(), []
@@ -332,7 +350,7 @@ def test_explained_costs_are_those_of_a_run(folder: Path, explained: str) -> Non
     model = DiTTransformer2DModel.from_pretrained(folder).eval()
     scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
     dispatcher = tokencache_compile.transform(model, 0.5, last_k=1, backend="eager", scheduler=scheduler)
-    sample(dispatcher, scheduler, torch.tensor([3]), torch.zeros(1, 1, 16, 16), 9, 2.0, 10)
+    sample(dispatcher, scheduler, torch.zeros(1, 1, 16, 16), 9, Conditions.of_labels(torch.tensor([3]), 10, 2.0))
     summary, steps = dispatcher.summary(), dispatcher.steps
     assert run_macs(dispatcher.plan, steps.macs_full, steps.macs_cached, 9) == summary.macs
     assert run_macs(dispatcher.plan, steps.macs_full, (), 9) == summary.macs_uncached

@@ -4,6 +4,7 @@ pipe = tokencache_compile.transform(pipe, ratio=0.9)
 """
 
 from tokencache_compile.api import transform
+from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.errors import ConfigError, InputError, InvariantError, TokenCacheError, UnsupportedModelError
 from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
@@ -11,6 +12,7 @@ from tokencache_compile.runtime import Dispatcher, StepReport, Summary
 from tokencache_compile.schedule import Schedule
 
 __all__ = [
+    "CacheArtefact",
     "CacheConfig",
     "CachePlan",
     "CachePredictor",

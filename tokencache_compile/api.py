@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import types
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from tokencache_compile.artefact import CacheArtefact, load_lora
 from tokencache_compile.engine import check_backend
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.plan import CacheConfig
@@ -19,8 +21,9 @@ from tokencache_compile.runtime import Dispatcher
 
 def transform(
     model: Any,
-    ratio: float | None = None,
+    plan: float | CacheConfig | CacheArtefact | str | os.PathLike[str] | None = None,
     *,
+    ratio: float | None = None,
     config: CacheConfig | None = None,
     predictor: CachePredictor | None = None,
     backend: str = "inductor",
@@ -35,6 +38,8 @@ def transform(
 
     Args:
         model: a transformer (``nn.Module`` with a ``timestep`` argument), or a diffusers pipeline that has one.
+        plan: the ratio, all settings at once, or what calibration made: a :class:`CacheArtefact`, its directory or its hub id.
+            An artefact brings its settings, predictor and adapter; ``ratio`` and ``settings`` still change single settings.
         ratio: share of the cached blocks' tokens that a P-step does not recompute, in [0, 1].
         config: all settings at once; see :class:`CacheConfig`. ``ratio`` and ``settings`` change single ones.
         predictor: scores tokens instead of the training-free scorer.
@@ -47,7 +52,8 @@ def transform(
         For a model a :class:`Dispatcher` to use in its place; for a pipeline the same pipeline, its transformer replaced.
 
     Raises:
-        ConfigError: a setting is out of range, or the model has no ``timestep`` argument.
+        ConfigError: a setting is out of range or given twice, the model has no ``timestep`` argument, or an artefact is refused
+            (see :meth:`CacheArtefact.from_pretrained`, which takes a hub token or revision).
         InputError, UnsupportedModelError: with ``example_inputs``, as at a first call.
     """
     check_backend(backend)
@@ -57,6 +63,30 @@ def transform(
         raise ConfigError(f"unknown setting {', '.join(unknown)}; the settings are {', '.join(known)}.")
     if ratio is not None:
         settings["ratio"] = ratio
+    transformer = _transformer_of(model)
+    artefact: CacheArtefact | None = None
+    if isinstance(plan, CacheArtefact | str | os.PathLike):
+        if config is not None or predictor is not None:
+            raise ConfigError(
+                "an artefact brings its own config and predictor, and one was given beside it. Pass single settings to change."
+            )
+        artefact = _load(plan, transformer)
+        config, predictor = artefact.config, artefact.predictor
+        if settings.get("scorer", "predictor") != "predictor":
+            predictor = None
+        if config.keep is not None and "ratio" in settings and "keep" not in settings:
+            raise ConfigError(
+                f"ratio={settings['ratio']!r} was asked for, and the artefact lists calibrated token counts, which no ratio changes. "
+                "Leave the ratio out, or pass keep=None, groups=() too for equal counts."
+            )
+    elif isinstance(plan, CacheConfig):
+        if config is not None:
+            raise ConfigError("two configs were given; pass one.")
+        config = plan
+    elif plan is not None:
+        if "ratio" in settings:
+            raise ConfigError(f"two ratios were given, {plan!r} and {settings['ratio']!r}; pass one.")
+        settings["ratio"] = plan
     if predictor is not None:
         settings.setdefault("scorer", "predictor")
     settings_now = replace(config or CacheConfig(), **settings)
@@ -65,22 +95,37 @@ def transform(
             f"scorer={settings_now.scorer!r} and {'a' if predictor is not None else 'no'} predictor were given. "
             'Pass predictor=CachePredictor(...) together with scorer="predictor", or neither.'
         )
-    if isinstance(model, Dispatcher):
-        raise ConfigError(
-            "this model is transformed already; transform its .model, or set its plan anew with another transform of the original."
-        )
-    if isinstance(model, nn.Module):
-        return _dispatcher(model, settings_now, backend, predictor, scheduler, example_inputs)
-    transformer = getattr(model, "transformer", None)
-    if not isinstance(transformer, nn.Module):
-        raise ConfigError(f"a {type(model).__name__} was given; a torch.nn.Module or a diffusers pipeline with a .transformer is needed.")
-    if isinstance(transformer, Dispatcher):
-        transformer = transformer.model
+    if artefact is not None and artefact.lora_path is not None:
+        load_lora(transformer, artefact.lora_path)
+    if model is transformer:
+        return _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs)
     scheduler = scheduler or getattr(model, "scheduler", None)
     dispatcher = _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs)
     _install(model, dispatcher)
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     return model
+
+
+def _transformer_of(model: Any) -> nn.Module:
+    """The module to transform: ``model`` itself, or a pipeline's original transformer."""
+    if isinstance(model, Dispatcher):
+        raise ConfigError(
+            "this model is transformed already; transform its .model, or set its plan anew with another transform of the original."
+        )
+    if isinstance(model, nn.Module):
+        return model
+    transformer = getattr(model, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise ConfigError(f"a {type(model).__name__} was given; a torch.nn.Module or a diffusers pipeline with a .transformer is needed.")
+    return transformer.model if isinstance(transformer, Dispatcher) else transformer
+
+
+def _load(plan: CacheArtefact | str | os.PathLike[str], transformer: nn.Module) -> CacheArtefact:
+    """The artefact, checked to be made for this transformer."""
+    if not isinstance(plan, CacheArtefact):
+        return CacheArtefact.from_pretrained(plan, transformer)
+    plan.check_base(transformer)
+    return plan
 
 
 def _install(pipeline: Any, dispatcher: Dispatcher) -> None:

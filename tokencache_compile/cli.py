@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from tokencache_compile.errors import ConfigError, TokenCacheError, UnsupportedModelError
+from tokencache_compile.clean_errors import clean_errors
+from tokencache_compile.errors import ConfigError
+from tokencache_compile.learn import commands
 from tokencache_compile.plan import CacheConfig, Context, History, Scorer, Selection
 from tokencache_compile.schedule import Schedule
 
@@ -18,20 +18,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cache the to
 
 Backend = Literal["inductor", "eager"]
 _DEFAULTS = CacheConfig()
-
-
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """What this package raises on purpose is one message on stderr and exit code 1."""
-    try:
-        yield
-    except TokenCacheError as error:
-        console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-        if isinstance(error, UnsupportedModelError):
-            console.print(f"error: {error.where} is refused\n  reason: {error.reason}\n  remedy: {error.remedy}")
-        else:
-            console.print(f"error: {error}")
-        raise typer.Exit(1) from error
 
 
 def _print_version(asked: bool) -> None:
@@ -53,20 +39,26 @@ def _main(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("out/demo"),
     model: Annotated[Path | None, typer.Option(help="Folder of a DiT of pixels; the reference model that is shipped if none.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Artefact directory; the shipped one for the shipped model.")] = None,
     backend: Annotated[Backend, typer.Option(help="What runs the graphs, uncached and cached alike.")] = "inductor",
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Weight of classifier-free guidance.")] = 2.5,
-    ratio: Annotated[float, typer.Option(help="Share of the cached blocks' tokens that a P-step does not recompute.")] = _DEFAULTS.ratio,
+    ratio: Annotated[float | None, typer.Option(help="Share of tokens that a P-step does not recompute; the plan's if left out.")] = None,
     samples: Annotated[int, typer.Option(help="Images of each class; the picture shows the first.")] = 2,
     repeats: Annotated[int, typer.Option(help="Runs of each kind whose median latency is reported.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
 ) -> None:
     """Sample the reference model uncached, cached, and with fewer steps of the same MACs; compare speed and images."""
-    from tokencache_compile.demo import DEFAULT_MODEL, DemoSettings, report, run_demo, write_files
+    from tokencache_compile.artefact import read_config
+    from tokencache_compile.demo import DEFAULT_MODEL, DEFAULT_PLAN, DemoSettings, report, run_demo, write_files
 
     console = Console()
-    with _clean_errors():
-        settings = DemoSettings(model or DEFAULT_MODEL, backend, steps, guidance, ratio, samples, repeats, seed)
+    with clean_errors():
+        if plan is None and model is None:
+            plan = DEFAULT_PLAN
+        if ratio is None:
+            ratio = read_config(plan).ratio if plan is not None else _DEFAULTS.ratio
+        settings = DemoSettings(model or DEFAULT_MODEL, plan, backend, steps, guidance, ratio, samples, repeats, seed)
         result = run_demo(settings, console)
         console.print(report(result))
         picture, figures = write_files(result, out)
@@ -105,7 +97,7 @@ def explain(
     """Print what the compiler finds in a model, its plan, and what a run would cost; or why the model is refused."""
     from tokencache_compile.explain import explain as explain_model
 
-    with _clean_errors():
+    with clean_errors():
         config = CacheConfig(
             ratio=ratio,
             last_k=last_k,
@@ -117,3 +109,7 @@ def explain(
             schedule=_schedule(every, full),
         )
         explain_model(model_or_config, config, Console(), steps, batch)
+
+
+for _command in (commands.train, commands.calibrate, commands.tune, commands.plot):
+    app.command()(_command)

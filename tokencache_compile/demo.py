@@ -30,9 +30,10 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.metrics import deviation_per_step, psnr
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.runtime import Dispatcher, StepReport, Summary
-from tokencache_compile.sampling import sample
+from tokencache_compile.sampling import Conditions, sample
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "reference" / "dit"
+DEFAULT_PLAN = DEFAULT_MODEL.parent / "cache"
 FASHION_MNIST = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SCHEDULER_CONFIG: dict[str, Any] = dict(
     num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, prediction_type="epsilon"
@@ -42,9 +43,10 @@ COLUMNS = 10  # of the picture: one sample a class
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What to run; see ``tokencache demo --help``."""
+    """What to run; see ``tokencache demo --help``. ``plan`` is an artefact directory; without one the default settings run."""
 
     model: Path = DEFAULT_MODEL
+    plan: Path | None = None
     backend: str = "inductor"
     steps: int = 50
     guidance: float = 2.5
@@ -168,13 +170,15 @@ def steps_for_macs(macs: int, macs_per_step: int) -> int:
 class _Sampler:
     """Samples the same noise again and again, through one dispatcher."""
 
-    def __init__(self, model: Any, settings: DemoSettings, ratio: float, labels: Tensor, noise: Tensor) -> None:
+    def __init__(self, model: Any, settings: DemoSettings, cached: bool, labels: Tensor, noise: Tensor) -> None:
         from diffusers import DDIMScheduler
 
         self.settings, self.labels, self.noise = settings, labels, noise
         self.null_label = int(model.config.num_embeds_ada_norm)
         self.scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
-        self.dispatcher: Dispatcher = transform(model, ratio, backend=settings.backend, scheduler=self.scheduler)
+        plan = settings.plan if cached else None
+        ratio = settings.ratio if cached else 0.0
+        self.dispatcher: Dispatcher = transform(model, plan, ratio=ratio, backend=settings.backend, scheduler=self.scheduler)
 
     def compile(self) -> None:
         """Capture and compile every graph; each of them runs once."""
@@ -198,9 +202,8 @@ class _Sampler:
 
         self.dispatcher.step_callback = on_call
         start = time.perf_counter()
-        images = sample(
-            self.dispatcher, self.scheduler, self.labels, self.noise, steps, self.settings.guidance, self.null_label, on_step
-        )  # fmt: skip
+        conditions = Conditions.of_labels(self.labels, self.null_label, self.settings.guidance)
+        images = sample(self.dispatcher, self.scheduler, self.noise, steps, conditions, on_step)
         seconds = time.perf_counter() - start
         return Run(images.clamp(-1, 1), tuple(predictions), "".join(kinds), self.dispatcher.summary(), (seconds,), math.inf)
 
@@ -226,8 +229,8 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
         labels = torch.arange(min(classes, COLUMNS)).repeat(settings.samples)
         shape = (len(labels), model.config.in_channels, model.config.sample_size, model.config.sample_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
-        full = _Sampler(model, settings, 0.0, labels, noise)
-        cached = _Sampler(model, settings, settings.ratio, labels, noise)
+        full = _Sampler(model, settings, False, labels, noise)
+        cached = _Sampler(model, settings, True, labels, noise)
         progress.advance(loading)
 
         compiling = progress.add_task(f"capture and compile ({settings.backend})", total=2)
@@ -338,7 +341,9 @@ def to_json(result: DemoResult) -> dict[str, Any]:
             "psnr_db": _finite(run.psnr_db),
         }
     deviations = result.deviations
-    settings = asdict(result.settings) | {"model": str(result.settings.model), "scheduler": {"class": "DDIMScheduler"} | SCHEDULER_CONFIG}
+    own = result.settings
+    paths = {"model": str(own.model), "plan": None if own.plan is None else str(own.plan)}
+    settings = asdict(own) | paths | {"scheduler": {"class": "DDIMScheduler"} | SCHEDULER_CONFIG}
     return {
         "settings": settings,
         "images": len(result.uncached.images),

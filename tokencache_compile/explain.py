@@ -132,6 +132,7 @@ def build_model(config: Mapping[str, Any]) -> nn.Module:
         torch.manual_seed(0)
         try:
             model: nn.Module = getattr(diffusers, name).from_config(dict(config))
+        # What diffusers' constructors raise for a configuration they refuse: NotImplementedError for norms DiT does not have.
         except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
             raise ConfigError(f"diffusers cannot build a {name} from this configuration: {error}") from error
     return model.eval()

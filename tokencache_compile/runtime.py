@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tokencache_compile.calls import bind_call
 from tokencache_compile.engine import Engine, make_engine
 from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
@@ -204,7 +205,7 @@ class Dispatcher(nn.Module):
         if not self._enabled:
             with _GATE.step():
                 return self.model(*args, **kwargs)
-        call = self._bind(args, kwargs)
+        call = bind_call(self.model, self._signature, args, kwargs)
         as_tuple = not call.pop("return_dict", True)
         signature, tensors = self._signature_of(call)
         timestep = self._check_values(call, tensors)
@@ -230,21 +231,6 @@ class Dispatcher(nn.Module):
         devices = sorted({t.device.type for t in tensors})
         autocast = tuple(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in devices)
         return (str(spec), autocast, *kinds), tensors
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise InputError(
-                f"this call does not fit {type(self.model).__name__}.forward{self._signature}: {error}. "
-                f"It was given {len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}."
-            ) from error
-        bound.apply_defaults()
-        call = dict(bound.arguments)
-        for name, parameter in self._signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                call |= call.pop(name)  # every argument is handed on by its own name
-        return call
 
     def _check_values(self, call: Mapping[str, Any], tensors: list[Tensor]) -> float:
         """The call's timestep, after refusing what must not enter a cache. One read from the device."""
@@ -297,20 +283,12 @@ class Dispatcher(nn.Module):
         group = plan.profile_of(request.step)
         engine = compiled.full if full else compiled.cached[group]
         with _GATE.step():
-            outputs, state.caches = engine(tensors, self._extras(steps, request.step, device), state.caches)
+            outputs, state.caches = engine(tensors, steps.step_inputs(request.step, device), state.caches)
         kept = () if full else plan.profiles[group]
         self._count(compiled, request, full, kept, steps.macs_full if full else steps.macs_cached[group])
         if self.step_callback is not None:
             self.step_callback(StepReport("I" if full else "P", request.step, timestep, branch, kept))
         return outputs
-
-    @staticmethod
-    def _extras(steps: StepPrograms, step: int, device: torch.device) -> list[Tensor]:
-        extras = [torch.full((), float(step), device=device)]
-        if steps.plan.config.scorer == "random":
-            draw = torch.Generator().manual_seed(step)  # the same for both guidance branches
-            extras.append(torch.rand(steps.random_shape, generator=draw).to(device))
-        return extras
 
     # -- what happened --------------------------------------------------------------------------------------------
 
@@ -346,14 +324,14 @@ class Dispatcher(nn.Module):
 
     def prepare(self, example_inputs: Mapping[str, Any]) -> None:
         """Capture and compile for the signature of ``example_inputs`` (keyword arguments of one call) ahead of time."""
-        call = self._bind((), dict(example_inputs))
+        call = bind_call(self.model, self._signature, (), example_inputs)
         call.pop("return_dict", None)
         signature, tensors = self._signature_of(call)
         self._check_values(call, tensors)
         compiled = self._lookup(signature, call, begins=True)
         device = call[self._sample_name].device
         for engine in (compiled.full, *compiled.cached):
-            extras = self._extras(compiled.steps, 0, device)
+            extras = compiled.steps.step_inputs(0, device)
             with _GATE.step():
                 engine(tensors, extras, compiled.steps.initial_caches(device))
 

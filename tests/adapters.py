@@ -1,0 +1,65 @@
+"""LoRA adapters on the tiny models, and windows of sampling that go through them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny import Model, sample, sampler
+from torch import Tensor, nn
+
+from tokencache_compile import CacheConfig, CachePredictor, Schedule
+from tokencache_compile.learn.lora import HardPass, HardStep, HardWindow, lora_targets
+from tokencache_compile.passes.pipeline import build_steps
+
+ROWS = 2
+DIT_LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
+PIXART_LINEARS = (*DIT_LINEARS, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+CONFIG = CacheConfig(0.7, 1, "reuse", 1, "full_steps", "predictor", schedule=Schedule(3))
+
+
+def names_of(layers: tuple[str, ...], *blocks: int) -> set[str]:
+    return {f"transformer_blocks.{block}.{layer}" for block in blocks for layer in layers}
+
+
+def draw_adapter(model: Model, std: float = 0.1) -> list[nn.Parameter]:
+    """Give the adapter weights that matter: peft's own have B = 0."""
+    weights = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(torch.randn(weight.shape, generator=draw) * std)
+    return weights
+
+
+def shape_of(model: nn.Module) -> tuple[dict[str, int], dict[str, bool], set[str]]:
+    """Which modules a model has, which parameters are trainable, which attributes stand on it."""
+    modules = {name: id(module) for name, module in model.named_modules()}
+    return modules, {name: parameter.requires_grad for name, parameter in model.named_parameters()}, set(vars(model))
+
+
+class Hard:
+    """A tiny model with a drawn adapter, captured without and with it, and a window on both."""
+
+    def __init__(self, config: CacheConfig, model: Model, predictor: CachePredictor | None = None, steps: int = 6) -> None:
+        self.config, self.model, self.scheduler = config, model, sampler(steps)
+        self.labels = torch.tensor([3, 7])
+        self.clean, self.noise = sample(ROWS, seed=21), sample(ROWS, seed=22)
+        call = self.make_call(self.clean, self.scheduler.timesteps[0])
+        self.original = build_steps(model, call, config, predictor)
+        self.targets = lora_targets(model, self.original.program, self.original.plan.last_k)
+        self.call, self.predictor = call, predictor
+
+    def make_call(self, x: Tensor, timestep: Tensor) -> dict[str, Any]:
+        # What the model's forward binds to, in its order.
+        full = {"hidden_states": x, "timestep": timestep.expand(len(x)), "class_labels": self.labels}
+        return {**full, "cross_attention_kwargs": None}
+
+    def window(self) -> tuple[HardWindow, HardPass, list[nn.Parameter]]:
+        """Within the adapter's context."""
+        weights = draw_adapter(self.model)
+        adapted = build_steps(self.model, self.call, self.config, self.predictor)
+        return HardWindow(self.model, self.original, adapted, self.scheduler), HardPass(weights, adapted), weights
+
+    def step(self, window: HardWindow, index: int) -> HardStep:
+        return window.run(self.clean, self.noise, index, self.make_call, [torch.Generator() for _ in range(ROWS)])

@@ -1,0 +1,821 @@
+"""Artefacts: what is saved comes back bit for bit, and everything else is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from pipes import images, pipeline
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig
+from plain_run import make_predictor
+from safetensors.torch import load_file, save_file
+from tiny import LAYERS, Model, build, inputs, parameters_unchanged, run, same_bits
+from torch import Tensor, nn
+
+import tokencache_compile
+from tokencache_compile import CacheArtefact, CacheConfig, CachePredictor, ConfigError, Schedule, artefact
+from tokencache_compile.artefact import ADAPTER_NAME, load_lora
+from tokencache_compile.fingerprint import explain_difference, fingerprint
+
+STEPS = 6
+CONFIG = CacheConfig(
+    ratio=0.7,
+    last_k=1,
+    context="cached",
+    scorer="predictor",
+    schedule=Schedule(every=3, full=(0, 2)),
+    keep=((5, 4, 3), (2, 0, 6)),
+    groups=(0, 0, 0, 1),
+)
+PLAIN = CacheConfig(ratio=0.5, last_k=1, context="reuse", scorer="random", schedule=Schedule(every=2))
+LAST_BLOCK = r"transformer_blocks\.3\.(attn1\.to_q|ff\.net\.2)"
+FILES = {
+    "README.md",
+    "tokencache.json",
+    "predictor.safetensors",
+    "calibration.safetensors",
+    "lora/adapter_config.json",
+    "lora/adapter_model.safetensors",
+}
+
+
+def adapter(folder: Path, model: Model, target: str = LAST_BLOCK, seed: int = 7) -> Path:
+    """A peft adapter as its own ``save_pretrained`` writes it; ``model`` is used up."""
+    torch.manual_seed(seed)
+    wrapped: Any = peft.get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=target, init_lora_weights=False))
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def p_steps(model: Model, kind: str) -> tuple[list[Tensor], list[tuple[int, ...]]]:
+    """A run of a transformed model, and the counts of its P-steps."""
+    kept: list[tuple[int, ...]] = []
+    model.step_callback = lambda report: kept.append(report.kept) if report.kind == "P" else None
+    return run(model, kind, STEPS), kept
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return build("dit")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, model: Model) -> Path:
+    """A complete artefact of the tiny DiT: predictor, adapter and calibration."""
+    parts = tmp_path_factory.mktemp("parts")
+    save_file({"mean": torch.arange(6.0)}, parts / "kept.safetensors")
+    made = CacheArtefact(
+        config=CONFIG,
+        base=fingerprint(model),
+        predictor=make_predictor(model),
+        lora_path=adapter(parts / "lora", build("dit")),
+        calibration_path=parts / "kept.safetensors",
+        steps=STEPS,
+        provenance={"λ": 1e-4, "losses": [0.5, 0.25], "versions": {"torch": "2"}},
+    )
+    made.save_pretrained(parts / "made")
+    return parts / "made"
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "artefact"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    """Change fields of the manifest; None of them is checked by a hash."""
+    path = folder / "tokencache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def manifest(folder: Path) -> Any:
+    return json.loads((folder / "tokencache.json").read_text())
+
+
+def relist(folder: Path) -> None:
+    """Put the hashes of the data files as they are now into the manifest."""
+    data = [name for name in FILES - {"README.md", "tokencache.json"} if (folder / name).exists()]
+    edit(folder, files={name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in data})
+
+
+def refused(folder: Any, model: Model, match: str) -> None:
+    with parameters_unchanged(model), pytest.raises(ConfigError, match=match):
+        CacheArtefact.from_pretrained(folder, model)
+    assert not hasattr(model, "peft_config")
+
+
+# --- the fingerprint ------------------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float32).reshape(3, 2).t().to(dtype))
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("computed", torch.rand(2), persistent=False)
+
+
+def test_digests_are_over_sorted_names_and_bytes() -> None:
+    small = Small()
+    assert not small.weight.is_contiguous()
+    found = fingerprint(small)
+    assert found["class"] == "Small"
+    assert found["tensors"] == {"count": ["int64", []], "weight": ["float32", [2, 3]]}
+    for name, dtype in (("own", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        values = small.weight.detach().to(dtype).flatten().view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+        plain = b"count\0" + (3).to_bytes(8, "little") + b"weight\0"
+        plain += b"".join(int(value).to_bytes(dtype.itemsize, "little", signed=True) for value in values)
+        assert found["weights"][name] == hashlib.sha256(plain).hexdigest()
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_same_model_is_the_same(model: Model) -> None:
+    found = fingerprint(model)
+    assert explain_difference(found, fingerprint(build("dit"))) is None
+    assert explain_difference(found, fingerprint(tokencache_compile.transform(model, backend="eager"))) is None
+
+
+def test_adapters_do_not_change_the_base(model: Model, saved: Path) -> None:
+    found, with_adapter = fingerprint(model), build("dit")
+    load_lora(with_adapter, saved / "lora")
+    assert any("lora_A" in name for name, _ in with_adapter.named_parameters())
+    assert fingerprint(with_adapter) == found
+    assert fingerprint(peft.get_peft_model(build("dit"), LoraConfig(target_modules=LAST_BLOCK))) == found
+    with torch.no_grad():
+        with_adapter.transformer_blocks[3].attn1.to_q.base_layer.weight[0, 0] += 1
+    assert explain_difference(found, fingerprint(with_adapter)) == "its shapes are the same and its weights are others"
+
+
+def one_weight(model: Model) -> None:
+    with torch.no_grad():
+        model.proj_out_2.bias[3] = torch.nextafter(model.proj_out_2.bias[3], torch.tensor(torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: build("pixart"), r"^its class is PixArtTransformer2DModel and not DiTTransformer2DModel$"),
+        (lambda: build("dit", layers=LAYERS - 1), r"^it has no transformer_blocks\.3\.\S+, \S+, \S+ and \d+ more$"),
+        (lambda: build("dit", layers=LAYERS + 1), r"^it also has transformer_blocks\.4\."),
+        (lambda: build("dit", out_channels=4), r"^its shapes differ: proj_out_2.bias \[16\] and not \[32\], proj_out_2.weight \[16, 32\]"),
+        (lambda: build("dit").to(torch.bfloat16), r"^only its dtype differs: \S+ is bfloat16 and not float32, "),
+        (lambda: build("dit").to(torch.float16), r"^only its dtype differs: \S+ is float16 and not float32, "),
+        (lambda: build("dit", std=0.3).to(torch.bfloat16), r"^its dtype and its weights differ: \S+ is bfloat16 and not float32, "),
+        (lambda: build("dit", std=0.3), r"^its shapes are the same and its weights are others$"),
+    ],
+)
+def test_differences_are_explained(model: Model, make: Callable[[], Model], reason: str) -> None:
+    explained = explain_difference(fingerprint(model), fingerprint(make()))
+    assert explained is not None and re.search(reason, explained), explained
+
+
+def test_the_last_bit_of_one_weight_counts(model: Model) -> None:
+    other = build("dit")
+    one_weight(other)
+    assert explain_difference(fingerprint(model), fingerprint(other)) == "its shapes are the same and its weights are others"
+
+
+def test_two_weights_that_change_places_are_others(model: Model) -> None:
+    other = build("dit")
+    blocks = other.transformer_blocks
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+    assert explain_difference(fingerprint(model), fingerprint(other)) is not None
+
+
+def test_weights_that_are_not_in_memory(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"\.(weight|bias|pos_embed) of this DiTTransformer2DModel is on the meta device.*offloading"):
+        fingerprint(build("dit").to("meta"))
+
+
+def test_no_module() -> None:
+    with pytest.raises(ConfigError, match=r"a DiTPipeline was given.*pipe\.transformer"):
+        fingerprint(pipeline("dit"))
+
+
+# --- round trip -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["dit", "pixart"])
+def test_a_run_from_the_directory_is_bit_for_bit_that_of_the_objects(kind: str, tmp_path: Path) -> None:
+    model = build(kind)
+    predictor = make_predictor(model)
+    CacheArtefact(config=CONFIG, base=fingerprint(model), predictor=predictor, steps=STEPS).save_pretrained(tmp_path / "a")
+    expected, kept = p_steps(tokencache_compile.transform(model, config=CONFIG, predictor=predictor, backend="eager"), kind)
+    got, kept_again = p_steps(tokencache_compile.transform(build(kind), tmp_path / "a", backend="eager"), kind)
+    assert kept == kept_again == [(5, 4, 3), (2, 0, 6), (2, 0, 6)]  # I-steps: 0, 2, 5
+    assert same_bits(got, expected)
+    untrained = CachePredictor(model.transformer_blocks[0], predictor.head.in_features, LAYERS)
+    other, _ = p_steps(tokencache_compile.transform(model, config=CONFIG, predictor=untrained, backend="eager"), kind)
+    assert not same_bits(other, expected)  # so the scores do matter
+
+
+def test_everything_comes_back(saved: Path, model: Model) -> None:
+    read = CacheArtefact.from_pretrained(saved, model)
+    assert set(contents(saved)) == FILES
+    assert read.config == CONFIG
+    assert read.steps == STEPS
+    assert read.provenance == {"λ": 1e-4, "losses": [0.5, 0.25], "versions": {"torch": "2"}}
+    assert read.base == fingerprint(model)
+    assert read.predictor is not None and not read.predictor.training
+    expected = make_predictor(model).state_dict()
+    assert {name: t.tolist() for name, t in read.predictor.state_dict().items()} == {n: t.tolist() for n, t in expected.items()}
+    assert read.lora_path is not None and load_file(read.lora_path / "adapter_model.safetensors")
+    assert read.calibration_path is not None and torch.equal(load_file(read.calibration_path)["mean"], torch.arange(6.0))
+
+
+def test_the_manifest_is_plain(saved: Path) -> None:
+    found = manifest(saved)
+    assert found["format_version"] == 1
+    assert found["config"]["schedule"] == {"every": 3, "full": [0, 2]}
+    assert found["files"].keys() == FILES - {"README.md", "tokencache.json"}
+    for name, digest in found["files"].items():
+        assert digest == hashlib.sha256((saved / name).read_bytes()).hexdigest()
+    card = ModelCard.load(saved / "README.md")
+    assert card.data.library_name == "tokencache-compile"
+
+
+@pytest.mark.parametrize("config", [PLAIN, CacheConfig(scorer="change"), replace(PLAIN, ratio=1, schedule=Schedule(2, (0, 3, 4)))])
+def test_settings_alone(config: CacheConfig, model: Model, tmp_path: Path) -> None:
+    CacheArtefact(config=config, base=fingerprint(model)).save_pretrained(tmp_path / "a")
+    assert set(contents(tmp_path / "a")) == {"README.md", "tokencache.json"}
+    read = CacheArtefact.from_pretrained(str(tmp_path / "a"), model)
+    assert read == CacheArtefact(config=config, base=fingerprint(model))
+
+
+def test_an_edited_card_is_no_damage(folder: Path, model: Model) -> None:
+    (folder / "README.md").write_text("my own words")
+    assert CacheArtefact.from_pretrained(folder, model).config == CONFIG
+
+
+# --- saving ---------------------------------------------------------------------------------------------------------
+
+
+def test_saving_over_itself(folder: Path, model: Model) -> None:
+    before = contents(folder)
+    CacheArtefact.from_pretrained(folder, model).save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_an_older_artefact_is_replaced_as_a_whole(folder: Path, model: Model) -> None:
+    CacheArtefact(config=PLAIN, base=fingerprint(model)).save_pretrained(folder)
+    assert set(contents(folder)) == {"README.md", "tokencache.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["artefact"]
+
+
+def test_an_empty_directory_and_new_parents(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "empty", tmp_path / "new" / "deep"):
+        CacheArtefact(config=PLAIN, base=fingerprint(model)).save_pretrained(target)
+        assert CacheArtefact.from_pretrained(target, model).config == PLAIN
+
+
+def broken_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(state: Mapping[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(artefact, "save_file", half)
+
+
+def broken_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+
+
+@pytest.mark.parametrize("breaks", [broken_write, broken_move])
+def test_a_save_that_fails_leaves_the_old_one(
+    breaks: Callable[[pytest.MonkeyPatch], None], folder: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(folder)
+    made = replace(CacheArtefact.from_pretrained(folder, model), steps=99)
+    breaks(monkeypatch)
+    with pytest.raises(OSError, match="disk full"):
+        made.save_pretrained(folder)
+    with pytest.raises(OSError, match="disk full"):
+        made.save_pretrained(folder.parent / "fresh")
+    assert contents(folder) == before
+    assert [path.name for path in folder.parent.iterdir()] == ["artefact"]
+    monkeypatch.undo()
+    made.save_pretrained(folder)
+    assert manifest(folder)["steps"] == 99
+
+
+def test_other_folders_are_not_overwritten(model: Model, folder: Path, tmp_path: Path) -> None:
+    made = CacheArtefact(config=PLAIN, base=fingerprint(model))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"mine holds files and no tokencache\.json"):
+        made.save_pretrained(tmp_path / "mine")
+    (folder / "lora" / "notes.txt").write_text("mine")
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=r"holds lora/notes\.txt, which is not part of an artefact"):
+        made.save_pretrained(folder)
+    assert contents(folder) == before
+    with pytest.raises(ConfigError, match=r"README\.md is a file; pass a directory"):
+        made.save_pretrained(tmp_path / "mine" / "README.md")
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+
+
+def test_parts_that_are_missing_or_pickled(model: Model, tmp_path: Path) -> None:
+    made = CacheArtefact(config=PLAIN, base=fingerprint(model))
+    with pytest.raises(ConfigError, match=r"none/adapter_config\.json is needed and is no file. A peft adapter"):
+        replace(made, lora_path=tmp_path / "none").save_pretrained(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"none\.safetensors is needed and is no file"):
+        replace(made, calibration_path=tmp_path / "none.safetensors").save_pretrained(tmp_path / "a")
+    torch.save({"mean": torch.zeros(3)}, tmp_path / "pickled.safetensors")
+    with pytest.raises(ConfigError, match=r"pickled\.safetensors is no safetensors file .*Pass a safetensors file"):
+        replace(made, calibration_path=tmp_path / "pickled.safetensors").save_pretrained(tmp_path / "a")
+    torch.save({"mean": torch.zeros(3)}, tmp_path / "pickled.pt")
+    with pytest.raises(ConfigError, match=r"pickled\.pt is no safetensors file"):
+        replace(made, calibration_path=tmp_path / "pickled.pt").save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("provenance", [{"loss": float("nan")}, {"tensor": torch.zeros(1)}, {"names": {"a"}}])
+def test_provenance_that_is_no_json(provenance: dict[str, Any], model: Model, folder: Path) -> None:
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=r"provenance=.* cannot be written as JSON"):
+        CacheArtefact(config=PLAIN, base=fingerprint(model), provenance=provenance).save_pretrained(folder)
+    assert contents(folder) == before
+
+
+def test_parts_that_do_not_agree(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"scorer='predictor' and no predictor were given"):
+        CacheArtefact(config=CONFIG, base=fingerprint(model))
+    with pytest.raises(ConfigError, match=r"scorer='random' and a predictor were given"):
+        CacheArtefact(config=PLAIN, base=fingerprint(model), predictor=make_predictor(model))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "6"])
+def test_steps(steps: Any, model: Model) -> None:
+    with pytest.raises(ConfigError, match="steps="):
+        CacheArtefact(config=PLAIN, base={}, steps=steps)
+
+
+# --- what is refused on loading -------------------------------------------------------------------------------------
+
+
+def test_no_directory(model: Model, folder: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "none", model, r"none is not a directory. Pass the directory of an artefact, or a hub id")
+    refused(folder / "README.md", model, r"README\.md is not a directory")
+    refused(str(folder / "README.md"), model, r"README\.md is not a directory")
+    refused(tmp_path, model, r"tokencache\.json is missing, so \S+ is no artefact")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"format_version": NaN}', "[" * 100_000, b"\xff\xfe\x00", "none"])
+def test_a_manifest_that_is_no_json(text: str | bytes, folder: Path, model: Model) -> None:
+    (folder / "tokencache.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(folder, model, r"tokencache\.json is no JSON: .*again")
+
+
+def test_a_truncated_manifest(folder: Path, model: Model) -> None:
+    path = folder / "tokencache.json"
+    path.write_bytes(path.read_bytes()[:-5])
+    refused(folder, model, r"tokencache\.json is no JSON")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None])
+def test_another_format(version: Any, folder: Path, model: Model) -> None:
+    edit(folder, format_version=version)
+    refused(folder, model, rf"has format version {version!r}, and this package \(\S+\) reads version 1. Install")
+
+
+def test_json_of_something_else(folder: Path, model: Model) -> None:
+    (folder / "tokencache.json").write_text("[1]")
+    refused(folder, model, r"has format version None")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("config", []), ("steps", "6"), ("provenance", None), ("base", 1), ("files", ["predictor.safetensors"])]
+)
+def test_fields_of_another_type(field: str, value: Any, folder: Path, model: Model) -> None:
+    edit(folder, **{field: value})
+    refused(folder, model, rf"tokencache\.json has no valid {field}\. Save")
+
+
+def test_missing_fields(folder: Path, model: Model) -> None:
+    (folder / "tokencache.json").write_text('{"format_version": 1, "config": {}, "files": {}}')
+    refused(folder, model, r"has no valid base, provenance, steps")
+
+
+@pytest.mark.parametrize("steps", [0, True])
+def test_saved_steps(steps: Any, folder: Path, model: Model) -> None:
+    edit(folder, steps=steps)
+    refused(folder, model, r"artefact: steps=")
+
+
+@pytest.mark.parametrize("name", sorted(FILES - {"README.md", "tokencache.json"}))
+def test_files_missing_cut_short_changed_or_unlisted(name: str, folder: Path, model: Model) -> None:
+    path, whole = folder / name, (folder / name).read_bytes()
+    listed = manifest(folder)["files"]
+    for spoilt in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(spoilt)
+        now = hashlib.sha256(spoilt).hexdigest()
+        refused(folder, model, rf"{name} was changed or cut short: its SHA-256 is {now}, and tokencache\.json says {listed[name]}\. Save")
+    path.unlink()
+    refused(folder, model, rf"{name} is missing\. Save")
+    path.write_bytes(whole)
+    assert CacheArtefact.from_pretrained(folder, model).steps == STEPS
+    top = Path(name).parts[0]  # an adapter's two files are listed together or not at all
+    edit(folder, files={other: digest for other, digest in listed.items() if Path(other).parts[0] != top})
+    refused(folder, model, rf"{top}.* is there, and tokencache\.json does not list it")
+
+
+def test_listed_names(folder: Path, model: Model) -> None:
+    listed = manifest(folder)["files"]
+    edit(folder, files=listed | {"../outside": "0"})
+    refused(folder, model, r"lists '\.\./outside', which is no file of an artefact")
+    edit(folder, files={name: digest for name, digest in listed.items() if name != "lora/adapter_config.json"})
+    refused(folder, model, r"lists one of lora/adapter_config\.json and lora/adapter_model\.safetensors; an adapter is both")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"ratio": 1.5}, r"ratio=1\.5 was asked for; the cache ratio is"),
+        ({"ratio": "0.9"}, r"ratio='0\.9'"),
+        ({"context": ["kept"]}, r"context=\('kept',\) was asked for; context is one of"),
+        ({"keep": [[1, 2.5]]}, r"keep="),
+        ({"groups": 3}, r"groups="),
+        ({"schedule": {"every": 0, "full": None}}, r"every=0"),
+        ({"schedule": {"every": 2, "full": [1, 2]}}, r"full=\(1, 2\)"),
+        ({"schedule": {"every": 2}}, r"has every for a Schedule; exactly every, full are needed"),
+        ({"schedule": None}, r"has None for a Schedule"),
+        ({"speed": 2}, r"has context, .*speed for a CacheConfig; exactly"),
+    ],
+)
+def test_settings_that_are_invalid(change: dict[str, Any], reason: str, folder: Path, model: Model) -> None:
+    edit(folder, config=manifest(folder)["config"] | change)
+    refused(folder, model, rf"tokencache\.json:? ?{reason}")
+
+
+def test_a_setting_that_is_missing(folder: Path, model: Model) -> None:
+    config = manifest(folder)["config"]
+    del config["ratio"]
+    edit(folder, config=config)
+    refused(folder, model, r"for a CacheConfig; exactly context, .*ratio.* are needed")
+
+
+def test_settings_and_files_that_do_not_agree(folder: Path, model: Model) -> None:
+    edit(folder, config=manifest(folder)["config"] | {"scorer": "norm"})
+    refused(folder, model, r"artefact: scorer='norm' and a predictor were given")
+
+
+def test_another_base_model(saved: Path) -> None:
+    refused(saved, build("dit", std=0.3), r"made for another base model: .*its shapes are the same and its weights are others\. Load")
+    refused(saved, build("dit").to(torch.bfloat16), r"made for another base model: .*only its dtype differs: .*in that dtype")
+    refused(saved, build("pixart"), r"made for another base model: .*its class is PixArtTransformer2DModel")
+
+
+@pytest.mark.parametrize("base", [{}, {"class": "A", "tensors": [], "weights": {}}, {"class": 1, "tensors": {}, "weights": {}}])
+def test_a_base_that_is_no_fingerprint(base: Any, folder: Path, model: Model) -> None:
+    edit(folder, base=base)
+    refused(folder, model, r"has no valid base: the base model's class, tensors and weights are needed")
+
+
+def test_a_fingerprint_that_cannot_be_read(folder: Path, model: Model) -> None:
+    base = manifest(folder)["base"]
+    edit(folder, base=base | {"tensors": dict.fromkeys(base["tensors"], 1)})
+    refused(folder, model, r"has no readable fingerprint")
+    edit(folder, base=base | {"weights": {}})
+    refused(folder, model, r"has no readable fingerprint")
+
+
+def without_head(state: dict[str, Tensor]) -> None:
+    del state["head.weight"]
+
+
+def vector_head(state: dict[str, Tensor]) -> None:
+    state["head.weight"] = torch.zeros(4)
+
+
+def deeper_head(state: dict[str, Tensor]) -> None:
+    state["head.weight"], state["head.bias"] = torch.zeros(LAYERS + 1, 32), torch.zeros(LAYERS + 1)
+
+
+def other_block(state: dict[str, Tensor]) -> None:
+    state["block.attn1.to_q.weight"] = torch.zeros(32, 16)
+
+
+def other_dtype(state: dict[str, Tensor]) -> None:
+    state["head.weight"] = state["head.weight"].double()
+
+
+def one_more(state: dict[str, Tensor]) -> None:
+    state["block.extra"] = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (without_head, r"its head\.weight \[blocks, channels\] is None"),
+        (vector_head, r"its head\.weight \[blocks, channels\] is \[4\], and the model has 4 blocks"),
+        (deeper_head, r"its head scores 5 blocks, and the model has 4"),
+        (other_block, r"block\.attn1\.to_q\.weight is float32 \[32, 16\] and not float32 \[32, 32\]"),
+        (other_dtype, r"head\.weight is float64 \[4, 32\] and not float32 \[4, 32\]"),
+        (one_more, r"block\.extra is float32 \[1\] and not None"),
+    ],
+)
+def test_a_predictor_that_does_not_fit(spoil: Callable[[dict[str, Tensor]], None], reason: str, folder: Path, model: Model) -> None:
+    path = folder / "predictor.safetensors"
+    state = load_file(path)
+    spoil(state)
+    save_file(state, path)
+    relist(folder)
+    refused(folder, model, rf"the predictor does not fit this model: {reason}.*Train a predictor for this model")
+
+
+def test_a_first_block_with_an_adapter(saved: Path, tmp_path: Path) -> None:
+    style = adapter(tmp_path / "style", build("dit"), r"transformer_blocks\.0\.attn1\.to_q")
+    model: Any = peft.PeftModel.from_pretrained(build("dit"), str(style)).get_base_model()
+    with parameters_unchanged(model), pytest.raises(ConfigError, match=r"does not fit .*base_layer.* remove the adapters from its first"):
+        CacheArtefact.from_pretrained(saved, model)
+
+
+def test_a_predictor_that_is_pickled(folder: Path, model: Model) -> None:
+    torch.save(make_predictor(model).state_dict(), folder / "predictor.safetensors")
+    relist(folder)
+    refused(folder, model, r"predictor\.safetensors is no safetensors file")
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_is_downloaded(saved: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.append((repo_id, options))
+        return str(saved)
+
+    monkeypatch.setattr(artefact, "snapshot_download", download)
+    read = CacheArtefact.from_pretrained("someone/plan", model, revision="v1", cache_dir=tmp_path, token="secret", local_files_only=True)
+    assert read.config == CONFIG
+    (repo_id, options) = asked[0]
+    assert repo_id == "someone/plan"
+    given = {"revision": "v1", "cache_dir": str(tmp_path), "token": "secret", "local_files_only": True}
+    assert {name: options[name] for name in given} == given
+    assert set(options["allow_patterns"]) == FILES - {"README.md"}
+    dispatcher = tokencache_compile.transform(build("dit"), "someone/plan", backend="eager")
+    assert dispatcher.cache_config == CONFIG
+    assert [repo_id for repo_id, _ in asked] == ["someone/plan"] * 2
+
+
+def test_a_hub_that_has_nothing(model: Model, tmp_path: Path) -> None:
+    for name in ("someone/plan", "./not-there", "a/b/c"):
+        with pytest.raises(ConfigError, match=rf"'{name}' is no directory, and the hub did not give it: \S.*Check the name"):
+            CacheArtefact.from_pretrained(name, model, cache_dir=tmp_path, local_files_only=True)
+
+
+def test_push_and_load_again(saved: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any, dict[str, Any]]] = []
+
+    def create(self: HfApi, repo_id: str, **options: Any) -> Any:
+        calls.append(("create_repo", self.token, {"repo_id": repo_id} | options))
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload(self: HfApi, *, folder_path: Path, **options: Any) -> str:
+        calls.append(("upload_folder", self.token, options))
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+        return "the commit"
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    made = CacheArtefact.from_pretrained(saved, model)
+    commit: Any = made.push_to_hub("plan", token="secret", private=True, revision="v1", commit_message="First")
+    assert commit == "the commit"
+    removed = FILES - {"README.md", "tokencache.json"}
+    assert calls[0] == ("create_repo", "secret", {"repo_id": "plan", "private": True, "exist_ok": True})
+    assert set(calls[1][2].pop("delete_patterns")) == removed
+    assert calls[1] == ("upload_folder", "secret", {"repo_id": "me/plan", "revision": "v1", "commit_message": "First"})
+    assert contents(tmp_path / "uploaded") == contents(saved)
+
+
+# --- the adapter ----------------------------------------------------------------------------------------------------
+
+
+def delta(path: Path, layer: str, x: Tensor) -> Tensor:
+    """What the adapter in ``path`` adds to a linear layer's output: alpha/r · B A x."""
+    weights = load_file(path / "adapter_model.safetensors")
+    a, b = (weights[f"base_model.model.{layer}.lora_{name}.weight"] for name in "AB")
+    return 4 / 2 * (x @ a.t() @ b.t())
+
+
+def test_the_adapter_is_loaded_and_both_run(saved: Path) -> None:
+    layer, x = "transformer_blocks.3.attn1.to_q", torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    model = build("dit")
+    model._hf_peft_config_loaded = False  # as on diffusers models with adapter methods of their own
+    with parameters_unchanged(model.transformer_blocks[0]):
+        plain = model.get_submodule(layer)(x).detach()
+        load_lora(model, saved / "lora")
+    assert model._hf_peft_config_loaded is True
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" not in name)
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_submodule(layer)(x), plain + delta(saved / "lora", layer, x))
+
+
+def test_another_adapter_stays_active(saved: Path, tmp_path: Path) -> None:
+    layer, x = "transformer_blocks.3.attn1.to_q", torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    first = "transformer_blocks.0.attn1.to_q"
+    style = adapter(tmp_path / "style", build("dit"), r"transformer_blocks\.[03]\.attn1\.to_q", seed=9)
+    model: Any = build("dit")
+    plain, plain_first = model.get_submodule(layer)(x).detach(), model.get_submodule(first)(x).detach()
+    wrapped: Any = peft.PeftModel.from_pretrained(model, str(style), adapter_name="style")
+    model = wrapped.get_base_model()
+    load_lora(model, saved / "lora")
+    with torch.no_grad():
+        torch.testing.assert_close(model.get_submodule(layer)(x), plain + delta(saved / "lora", layer, x) + delta(style, layer, x))
+        torch.testing.assert_close(model.get_submodule(first)(x), plain_first + delta(style, first, x))
+
+
+def test_an_adapter_that_is_there_already_is_used(saved: Path) -> None:
+    model: Any = peft.PeftModel.from_pretrained(build("dit"), str(saved / "lora"), adapter_name="mine").get_base_model()
+    load_lora(model, saved / "lora")
+    assert list(model.peft_config) == ["mine"]
+    again = build("dit")
+    load_lora(again, saved / "lora")
+    load_lora(again, saved / "lora")
+    assert list(again.peft_config) == [ADAPTER_NAME]
+
+
+def test_transform_loads_the_adapter(saved: Path) -> None:
+    """Against peft's own loading, and with the P-steps of the predictor."""
+    theirs: Any = peft.PeftModel.from_pretrained(build("dit"), str(saved / "lora")).get_base_model()
+    predictor = make_predictor(build("dit"))
+    expected = run(tokencache_compile.transform(theirs.eval(), CONFIG, predictor=predictor, backend="eager"), "dit", STEPS)
+    model = build("dit")
+    plain = run(model, "dit", STEPS)
+    got = run(tokencache_compile.transform(model, saved, backend="eager"), "dit", STEPS)
+    assert same_bits(got, expected)
+    assert not torch.equal(got[0], plain[0])  # the first step is an I-step: that is the adapter's doing
+
+
+def test_the_adapter_is_not_loaded_into_another_model(saved: Path) -> None:
+    for plan in (saved, CacheArtefact.from_pretrained(saved, build("dit"))):
+        other = build("dit", std=0.3)
+        with parameters_unchanged(other), pytest.raises(ConfigError, match="made for another base model"):
+            tokencache_compile.transform(other, plan, backend="eager")
+        assert not hasattr(other, "peft_config")
+
+
+def wrong_shape(state: dict[str, Tensor]) -> None:
+    name = next(iter(state))
+    state[name] = torch.zeros(7, 7)
+
+
+def too_much(state: dict[str, Tensor]) -> None:
+    state["base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight"] = torch.zeros(2, 32)
+
+
+def too_little(state: dict[str, Tensor]) -> None:
+    del state[next(iter(state))]
+
+
+@pytest.mark.parametrize("with_style", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (wrong_shape, "size mismatch"),
+        (too_much, r"the model has no place for transformer_blocks\.0\.attn1\.to_q\.lora_A"),
+        (too_little, r"it has no weights for transformer_blocks\.3"),
+    ],
+)
+def test_an_adapter_that_does_not_fit(
+    spoil: Callable[[dict[str, Tensor]], None], reason: str, with_style: bool, folder: Path, tmp_path: Path
+) -> None:
+    path = folder / "lora" / "adapter_model.safetensors"
+    state = load_file(path)
+    spoil(state)
+    save_file(state, path)
+    model: Any = build("dit")
+    if with_style:
+        style = adapter(tmp_path / "style", build("dit"), r"transformer_blocks\.[03]\.attn1\.to_q", seed=9)
+        model = peft.PeftModel.from_pretrained(model, str(style), adapter_name="style").get_base_model()
+    with torch.no_grad():
+        before = model(**inputs("dit")).sample
+    with parameters_unchanged(model), pytest.raises(ConfigError, match=f"(?s)does not fit this DiTTransformer2DModel: .*{reason}"):
+        load_lora(model, folder / "lora")
+    assert list(getattr(model, "peft_config", {})) == (["style"] if with_style else [])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs("dit")).sample, before)
+
+
+def test_an_adapter_for_other_layers(tmp_path: Path) -> None:
+    path = adapter(tmp_path / "lora", build("pixart"), r"transformer_blocks\.3\.attn2\.to_q")
+    model = build("dit")
+    with parameters_unchanged(model), pytest.raises(ConfigError, match="does not fit this DiTTransformer2DModel"):
+        load_lora(model, path)
+    assert not hasattr(model, "peft_config")
+
+
+def test_no_adapter(folder: Path, tmp_path: Path, model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"has no adapter_config\.json, so it is no adapter"):
+        load_lora(model, tmp_path)
+    (folder / "lora" / "adapter_model.safetensors").write_bytes(b"pickled")
+    with pytest.raises(ConfigError, match=r"the adapter in \S+ is no safetensors file"):
+        load_lora(model, folder / "lora")
+
+
+def test_another_adapter_of_this_name(saved: Path, tmp_path: Path) -> None:
+    model = build("dit")
+    load_lora(model, adapter(tmp_path / "other", build("dit"), seed=8))
+    with parameters_unchanged(model), pytest.raises(ConfigError, match="carries another adapter named 'tokencache'"):
+        load_lora(model, saved / "lora")
+
+
+def test_without_peft(saved: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"peft is not installed.*pip install peft"):
+        load_lora(model, saved / "lora")
+
+
+# --- transform's second argument ------------------------------------------------------------------------------------
+
+
+def config_of(model: Model, *args: Any, **options: Any) -> CacheConfig:
+    config: CacheConfig = tokencache_compile.transform(model, *args, backend="eager", **options).cache_config
+    return config
+
+
+def test_ratio_by_position_and_by_keyword(model: Model) -> None:
+    assert config_of(model) == config_of(model, None) == config_of(model, ratio=None) == CacheConfig()
+    assert config_of(model, 0.6) == config_of(model, ratio=0.6) == config_of(model, plan=0.6) == CacheConfig(ratio=0.6)
+    assert config_of(model, PLAIN) == config_of(model, config=PLAIN) == PLAIN
+    assert config_of(model, PLAIN, ratio=0.3, last_k=0) == replace(PLAIN, ratio=0.3, last_k=0)
+
+
+def test_a_run_by_position_is_that_by_keyword(model: Model) -> None:
+    settings: dict[str, Any] = {"last_k": 1, "backend": "eager"}
+    first = run(tokencache_compile.transform(model, 0.6, **settings), "dit", STEPS)
+    assert same_bits(first, run(tokencache_compile.transform(model, ratio=0.6, **settings), "dit", STEPS))
+
+
+@pytest.mark.parametrize("given", [1.5, True, [0.9], {}, object()])
+def test_a_plan_that_is_nothing(given: Any, model: Model) -> None:
+    with pytest.raises(ConfigError, match="ratio="):
+        tokencache_compile.transform(model, given, backend="eager")
+
+
+def test_given_twice(model: Model, saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"two ratios were given, 0\.5 and 0\.6"):
+        config_of(model, 0.5, ratio=0.6)
+    with pytest.raises(ConfigError, match="two configs were given"):
+        config_of(model, PLAIN, config=PLAIN)
+    for beside in ({"config": PLAIN}, {"predictor": make_predictor(model)}):
+        with pytest.raises(ConfigError, match="an artefact brings its own config and predictor"):
+            config_of(model, saved, **beside)
+
+
+def test_an_artefact_and_single_settings(saved: Path) -> None:
+    for plan in (saved, str(saved), CacheArtefact.from_pretrained(saved, build("dit"))):
+        assert config_of(build("dit"), plan) == CONFIG
+        assert config_of(build("dit"), plan, forecast=1) == replace(CONFIG, forecast=1)
+        assert config_of(build("dit"), plan, ratio=0.2, keep=None, groups=()) == replace(CONFIG, ratio=0.2, keep=None, groups=())
+        other = tokencache_compile.transform(build("dit"), plan, scorer="norm", backend="eager")
+        assert other.predictor is None and other.cache_config == replace(CONFIG, scorer="norm")
+
+
+def test_a_ratio_does_not_change_calibrated_counts(saved: Path) -> None:
+    model = build("dit")
+    with pytest.raises(ConfigError, match=r"ratio=0\.2 was asked for, and the artefact lists calibrated token counts.*keep=None"):
+        config_of(model, saved, ratio=0.2)
+    assert not hasattr(model, "peft_config")
+
+
+def test_a_pipeline_with_an_artefact(saved: Path, tmp_path: Path) -> None:
+    without_adapter = replace(CacheArtefact.from_pretrained(saved, build("dit")), lora_path=None)
+    without_adapter.save_pretrained(tmp_path / "a")
+    predictor = make_predictor(build("dit"))
+    expected = images(tokencache_compile.transform(pipeline("dit"), CONFIG, predictor=predictor, backend="eager"), STEPS)
+    pipe = tokencache_compile.transform(pipeline("dit"), tmp_path / "a", backend="eager")
+    assert torch.equal(images(pipe, STEPS), expected)
+    again = tokencache_compile.transform(pipe, without_adapter, backend="eager")  # transformed anew, from the original inside
+    assert torch.equal(images(again, STEPS), expected)
+
+
+def test_the_config_in_the_manifest_is_the_dataclass(saved: Path) -> None:
+    assert manifest(saved)["config"] == json.loads(json.dumps(asdict(CONFIG)))

@@ -1,0 +1,276 @@
+"""Phase 2 of training from end to end: runs of ``refine``, and its adapter in inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from adapters import CONFIG, DIT_LINEARS, ROWS, Hard, names_of, shape_of
+from plain_run import make_predictor
+from safetensors.torch import load_file
+from tiny import Model, build, call_of, ddim, parameters_unchanged, sample, sampler, transformed
+from torch import Tensor, nn
+
+from tokencache_compile import CacheConfig, Schedule
+from tokencache_compile.errors import ConfigError, InputError
+from tokencache_compile.learn.loop import Batches
+from tokencache_compile.learn.lora import added_lora, refine
+from tokencache_compile.learn.train import TrainingConfig
+
+peft = pytest.importorskip("peft")
+
+TRAINING = TrainingConfig(steps=4, batch=ROWS, lr=1e-3, label_dropout=0.0, sampling_steps=6, checkpoint_every=2)
+LONG = replace(TRAINING, steps=60, lr=1e-2)
+
+
+class Data:
+    """A few samples of noise with class labels."""
+
+    def __init__(self, items: int = 4, fails_at: int | None = None) -> None:
+        self.samples: Any = sample(items, seed=9)
+        self.fails_at, self.read = fails_at, 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        self.read += 1
+        if self.read == self.fails_at:
+            raise OSError("the disk is gone")
+        return self.samples[index], {"class_labels": torch.tensor(index)}
+
+
+def load_adapter(model: Model, folder: Path) -> Model:
+    """Put an adapter into ``model`` by peft's own functions."""
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    peft.inject_adapter_in_model(config, model)
+    weights = load_file(folder / "adapter_model.safetensors")
+    result = peft.set_peft_model_state_dict(model, weights)
+    assert not result.unexpected_keys
+    return model.eval()
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def run(model: Model, out: Path, config: CacheConfig = CONFIG, training: TrainingConfig = TRAINING, **changes: Any) -> Path:
+    given: dict[str, Any] = {"predictor": make_predictor(build("dit")), "data": Data(), "rank": 4} | changes
+    predictor, data = given.pop("predictor"), given.pop("data")
+    return refine(model, predictor, data, sampler(6), config, training, out, **given)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["cache_loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapter of a longer run."""
+    return run(build("dit"), tmp_path_factory.mktemp("run"), training=LONG)
+
+
+def test_training_lowers_the_loss_on_what_it_never_saw(trained: Path) -> None:
+    """Other samples, noise and labels, at every P-step; against the model without the adapter on the same windows."""
+    hard = Hard(CONFIG, build("dit"), make_predictor(build("dit")))
+    weights = load_file(trained / "adapter_model.safetensors")
+    ratios = []
+    with added_lora(hard.model, hard.targets, rank=4):
+        window, loss_of, _ = hard.window()
+
+        def loss(index: int, scale: float) -> float:
+            peft.set_peft_model_state_dict(hard.model, {name: value * scale for name, value in weights.items()})
+            return float(loss_of(hard.step(window, index)).detach())
+
+        for seed in range(30, 35):
+            hard.clean, hard.noise = sample(ROWS, seed), sample(ROWS, seed + 50)
+            hard.labels = torch.tensor([seed, 2 * seed])
+            ratios += [loss(index, 1.0) / loss(index, 0.0) for index in (1, 2, 4, 5)]
+        assert float(torch.tensor(ratios).median()) < 0.8
+
+        # The log's first row, before anything is learned, is the loss of what (seed, 0) draws.
+        hard.clean, hard.noise, given, index, _ = Batches(Data(), None, LONG, [1, 2, 4, 5], 0, 1).draw(0)
+        hard.labels = given["class_labels"]
+        row, *later = map(json.loads, (trained.parent / "log.jsonl").read_text().splitlines())
+        expected = pytest.approx(loss(index, 0.0), rel=1e-5)
+        assert row == {"step": 1, "p_step": index, "cache_loss": expected, "without_lora": expected}
+        assert [other["step"] for other in later] == list(range(2, LONG.steps + 1))
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model, predictor = build("dit"), make_predictor(build("dit"))
+    before, scores = shape_of(model), shape_of(predictor)
+    with parameters_unchanged(model), parameters_unchanged(predictor):
+        folder = run(model, tmp_path / "a", predictor=predictor)
+        assert shape_of(model) == before and shape_of(predictor) == scores
+        with pytest.raises(OSError, match="the disk is gone"):
+            run(model, tmp_path / "b", data=Data(fails_at=3 * ROWS + 2))
+        assert shape_of(model) == before
+    assert len(losses(tmp_path / "b")) == 2  # item 0 is read first, and a batch to capture the model
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".md"}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 4)
+    assert set(config["target_modules"]) == names_of(DIT_LINEARS, 3)
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
+    model, training = build("dit"), replace(TRAINING, ema_decay=0.9)
+    whole = run(model, tmp_path / "whole", training=training)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(model, tmp_path / "parts", training=training, data=Data(fails_at=4 * ROWS + 2))
+    assert len(losses(tmp_path / "parts")) == 3  # the third step's row is past the checkpoint
+    parts = run(model, tmp_path / "parts", training=training)
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
+
+
+def test_the_average_is_what_is_returned(tmp_path: Path) -> None:
+    """After one step: of the first weights 2/11, of the last 9/11."""
+    folder = run(build("dit"), tmp_path, training=replace(TRAINING, steps=1, ema_decay=0.9))
+    model = build("dit")
+    with added_lora(model, sorted(names_of(DIT_LINEARS, 3)), rank=4, seed=TRAINING.seed):
+        first = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        got = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    last = [saved[f"lora.{i}"] for i in range(len(first))]
+    for before, after, mean in zip(first, last, got, strict=True):
+        assert torch.allclose(mean, (2 * before + 9 * after) / 11, atol=1e-7)
+    assert any(not torch.equal(before, after) for before, after in zip(first, last, strict=True))
+
+
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """accelerate fixes the precision of a process at its first use."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_trains_too(tmp_path: Path, other_precision: None) -> None:
+    folder = run(build("dit"), tmp_path, training=replace(TRAINING, mixed_precision="bf16"))
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(value.dtype == torch.float32 and bool(value.isfinite().all()) for value in weights.values())
+    assert all(float(value.abs().max()) > 0 for name, value in weights.items() if ".lora_B." in name)
+
+
+def test_a_pair_selection_is_trained_as_one_per_sample(trained: Path, tmp_path: Path) -> None:
+    run(build("dit"), tmp_path, replace(CONFIG, selection="pair"), replace(LONG, steps=1))
+    assert losses(tmp_path) == losses(trained.parent)[:1]
+
+
+def test_without_a_cost_weight_every_step_counts_alike(trained: Path, tmp_path: Path) -> None:
+    """Adam's first step is blind to the loss's scale; the second weighs the first two gradients, so the third loss tells."""
+    run(build("dit"), tmp_path, training=replace(LONG, steps=3, cost_weight=None))
+    found, absolute = losses(tmp_path), losses(trained.parent)
+    assert found[:2] == pytest.approx(absolute[:2], rel=1e-4)
+    assert found[2] != pytest.approx(absolute[2], rel=1e-4)
+
+
+def test_labels_are_dropped_to_the_null_condition(trained: Path, tmp_path: Path) -> None:
+    """All dropped: the same run as on data that has nothing but the null label."""
+    null, training = {"class_labels": torch.tensor(1000)}, replace(LONG, steps=1)
+
+    class Unconditional(Data):
+        def __getitem__(self, index: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+            return super().__getitem__(index)[0], null
+
+    run(build("dit"), tmp_path / "a", training=replace(training, label_dropout=1.0), null=null)
+    run(build("dit"), tmp_path / "b", training=training, data=Unconditional())
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(trained.parent)[:1]
+
+
+def test_the_checkpoint_of_another_run_is_refused(trained: Path) -> None:
+    other, rows = make_predictor(build("dit")), losses(trained.parent)
+    nn.init.ones_(other.head.bias)
+    with pytest.raises(ConfigError, match="is the checkpoint of another run"):
+        run(build("dit"), trained.parent, training=LONG, predictor=other)
+    assert losses(trained.parent) == rows
+
+
+@pytest.mark.parametrize(
+    "config, training, given, message",
+    [
+        (replace(CONFIG, last_k=0), TRAINING, {}, "last_k=0 was asked for"),
+        (replace(CONFIG, ratio=0.0), TRAINING, {}, "ratio=0 was asked for"),
+        (CONFIG, TRAINING, {"rank": 0}, "rank=0 was asked for"),
+        (CONFIG, TRAINING, {"predictor": None}, 'scorer="predictor" was asked for without a predictor'),
+        (CONFIG, replace(TRAINING, label_dropout=0.1), {}, "without null conditions"),
+        (CONFIG, replace(TRAINING, guidance=2.0), {}, "refinement trains on single rows"),
+        (replace(CONFIG, schedule=Schedule(1)), TRAINING, {}, "has no P-step among 6 steps"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused(
+    tmp_path: Path, config: CacheConfig, training: TrainingConfig, given: dict[str, Any], message: str
+) -> None:
+    model = build("dit")
+    before = shape_of(model)
+    with pytest.raises(ConfigError, match=message):
+        run(model, tmp_path, config, training, **given)
+    assert shape_of(model) == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda model: model.train(), "DiTTransformer2DModel is in training mode"),
+        (lambda model: model.bfloat16(), r"has weights of \['torch.bfloat16'\].* Load it in float32"),
+        (lambda model: model.to("meta"), "DiTTransformer2DModel is on meta, and the run on"),
+    ],
+    ids=["training mode", "half precision", "another device"],
+)
+def test_a_model_that_cannot_be_trained_is_refused(tmp_path: Path, change: Callable[[Model], Model], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(change(build("dit")), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_items_of_unequal_shapes_are_refused(tmp_path: Path) -> None:
+    data = Data()
+    data.samples = [*data.samples[:1], *data.samples[1:, :, :4]]
+    with pytest.raises(InputError, match=r"has {'sample': \(4, 4, 8\).* item 0 has {'sample': \(4, 8, 8\)"):
+        run(build("dit"), tmp_path, data=data)
+
+
+# -- the adapter in inference -----------------------------------------------------------------------------------------
+
+
+def calls(model: Model) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """A DDIM run of 6 steps: sample, timesteps and output of every call, and the images as a last sample."""
+    found = []
+
+    def call(_: int, x: Tensor, timesteps: Tensor) -> Tensor:
+        out = eager(model, x, timesteps)
+        found.append((x, timesteps, out))
+        return out
+
+    images = ddim(call, sample(ROWS, seed=5), 6)[-1]
+    return [*found, (images, images, images)]
+
+
+def eager(model: Model, x: Tensor, timesteps: Tensor) -> Tensor:
+    return call_of(model, {"class_labels": torch.tensor([3, 7])})(0, x, timesteps)
+
+
+def test_the_adapter_serves_unmerged_and_merged(trained: Path) -> None:
+    """transform takes the model with peft's layers, and with the adapter baked in; both give the same images."""
+    unmerged = load_adapter(build("dit"), trained)
+    merged = peft.PeftModel.from_pretrained(build("dit"), str(trained)).merge_and_unload().eval()
+    assert not any(".lora_" in name for name, _ in merged.named_parameters())
+    predictor, plain = make_predictor(build("dit")), build("dit")
+    runs = []
+    for model in (unmerged, merged):
+        found = calls(transformed(model, config=CONFIG, predictor=predictor))
+        for i in (0, 3):  # the I-steps
+            x, timesteps, out = found[i]
+            assert torch.equal(out, eager(model, x, timesteps))
+            assert float((out - eager(plain, x, timesteps)).abs().max()) > 1e-3
+        runs.append([out for _, _, out in found])
+    for one, other in zip(*runs, strict=True):
+        assert float((one - other).abs().max()) <= 1e-5 * max(1.0, float(one.abs().max()))

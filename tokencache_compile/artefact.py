@@ -1,0 +1,489 @@
+"""What calibration and training leave behind, as one directory: a plan, the predictor and the adapter of one base model.
+
+    tokencache.json             format version, settings, provenance, the base model's fingerprint, SHA-256 of the files below
+    predictor.safetensors       the predictor's state dict
+    lora/                       a peft adapter: adapter_config.json, adapter_model.safetensors
+    calibration.safetensors     what the plan was made from
+    README.md                   a model card, free to be edited
+
+All but the first and the last are optional. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, ModelCardData, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokencache_compile.errors import ConfigError
+from tokencache_compile.fingerprint import base_model, explain_difference, fingerprint
+from tokencache_compile.passes.capture import candidate_blocks
+from tokencache_compile.plan import CacheConfig
+from tokencache_compile.predictor import CachePredictor
+from tokencache_compile.schedule import Schedule, is_ints
+
+FORMAT_VERSION = 1
+LIBRARY = "tokencache-compile"
+ADAPTER_NAME = "tokencache"
+_MANIFEST, _CARD = "tokencache.json", "README.md"
+_PREDICTOR, _CALIBRATION = "predictor.safetensors", "calibration.safetensors"
+_ADAPTER_FILES = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
+_DATA_FILES = (_PREDICTOR, *_ADAPTER_FILES, _CALIBRATION)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheArtefact:
+    """A plan for one base model, and what it was calibrated with.
+
+    Attributes:
+        config: the settings.
+        base: :func:`fingerprint` of the base model.
+        predictor: the scorer's weights, where ``config.scorer`` is "predictor".
+        lora_path: a peft adapter's directory; saving copies its two files.
+        calibration_path: a safetensors file; saving copies it as it is.
+        steps: sampling steps of the run it was calibrated for.
+        provenance: hyper-parameters, measured losses, versions: anything that JSON can hold.
+
+    Raises:
+        ConfigError: ``config.scorer`` and ``predictor`` do not agree, or ``steps`` is no number of steps.
+    """
+
+    config: CacheConfig
+    base: dict[str, Any]
+    predictor: CachePredictor | None = None
+    lora_path: Path | None = None
+    calibration_path: Path | None = None
+    steps: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.config.scorer == "predictor") != (self.predictor is not None):
+            given = "a" if self.predictor is not None else "no"
+            raise ConfigError(f'scorer={self.config.scorer!r} and {given} predictor were given; a predictor goes with scorer="predictor".')
+        if self.steps is not None and (not is_ints((self.steps,)) or self.steps < 1):
+            raise ConfigError(f"steps={self.steps!r} was given; it is the number of sampling steps, 1 or more, or None.")
+
+    def check_base(self, model: nn.Module) -> None:
+        """Raise a ConfigError that says how ``model`` (or what is inside a Dispatcher) differs from the base model."""
+        _check_base(self.base, model, "this artefact")
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the artefact into ``directory``, all or nothing: it is moved there when it is complete.
+
+        An older artefact there is replaced. (Killed outright between two renames, it is left in a hidden folder beside.)
+
+        Raises:
+            ConfigError: ``directory`` holds anything else, or a part of the artefact is missing or cannot be written as JSON.
+        """
+        target = Path(directory).resolve()
+        _check_replaceable(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+            new, old = Path(scratch, "new"), Path(scratch, "old")
+            new.mkdir()
+            self._write(new)
+            try:
+                if target.exists():
+                    target.rename(old)
+                new.rename(target)
+            except BaseException:
+                if old.exists() and not target.exists():
+                    old.rename(target)
+                raise
+
+    def _write(self, folder: Path) -> None:
+        if self.predictor is not None:
+            state = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in self.predictor.state_dict().items()}
+            save_file(state, folder / _PREDICTOR)
+        if self.lora_path is not None:
+            (folder / "lora").mkdir()
+            for name in _ADAPTER_FILES:
+                _copy(Path(self.lora_path, Path(name).name), folder / name, "A peft adapter's save_pretrained writes it.")
+        if self.calibration_path is not None:
+            _copy(Path(self.calibration_path), folder / _CALIBRATION, "Pass a safetensors file, or None.")
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "package_version": version(LIBRARY),
+            "config": asdict(self.config),
+            "steps": self.steps,
+            "provenance": self.provenance,
+            "base": self.base,
+            "files": {name: _sha256(folder / name) for name in _DATA_FILES if (folder / name).exists()},
+        }
+        try:
+            text = json.dumps(manifest, indent=1, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"provenance={self.provenance!r} cannot be written as JSON: {error}. Keep to finite numbers, strings, lists and dicts."
+            ) from error
+        (folder / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+        (folder / _CARD).write_text(self._card(), encoding="utf-8")
+
+    def _card(self) -> str:
+        data = ModelCardData(library_name=LIBRARY, tags=["tokencache", "diffusion", "token-caching"])
+        steps = f", calibrated for {self.steps} sampling steps" if self.steps is not None else ""
+        return (
+            f"---\n{data.to_yaml()}\n---\n\n# TokenCache plan for a {self.base['class']}\n\n"
+            f"Ratio {self.config.ratio}, I-steps: {self.config.schedule}{steps}. For exactly the base model whose fingerprint is in "
+            f'`{_MANIFEST}`.\n\n```python\npipe = tokencache_compile.transform(pipe, "this repository\'s id")\n```\n'
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> CacheArtefact:
+        """Read an artefact from a directory or a repository of the hub, and check all of it.
+
+        Args:
+            model: the base model, or a Dispatcher of it; the predictor is rebuilt from its first block. It is not changed: an
+                adapter is loaded by :func:`load_lora`, which :func:`tokencache_compile.transform` calls.
+            revision, cache_dir, token, local_files_only: as for ``huggingface_hub.snapshot_download``; for a hub id only.
+
+        Raises:
+            ConfigError: nothing is found; a file is missing, added or changed; the format is another; a setting is invalid; the
+                artefact is for another base model; or the predictor does not fit.
+        """
+        base = base_model(model)
+        folder = _locate(name_or_path, revision, cache_dir, token, local_files_only)
+        manifest = _read_manifest(folder / _MANIFEST)
+        _check_files(folder, manifest["files"])
+        config = _config_of(manifest["config"], str(folder / _MANIFEST))
+        _check_base(manifest["base"], base, str(folder))
+        listed = manifest["files"]
+        try:
+            return cls(
+                config=config,
+                base=manifest["base"],
+                predictor=_load_predictor(folder / _PREDICTOR, base) if _PREDICTOR in listed else None,
+                lora_path=folder / "lora" if _ADAPTER_FILES[0] in listed else None,
+                calibration_path=folder / _CALIBRATION if _CALIBRATION in listed else None,
+                steps=manifest["steps"],
+                provenance=manifest["provenance"],
+            )
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload TokenCache artefact",
+    ) -> CommitInfo:
+        """Upload the artefact as one commit to a repository of the hub, which is created if it is not there.
+
+        Args:
+            private: for a new repository; None takes the account's default.
+            revision: an existing branch; None is the main one.
+
+        Raises:
+            ConfigError: as :meth:`save_pretrained`.
+            huggingface_hub's errors: the hub cannot be reached or refuses.
+        """
+        api = HfApi(token=token, library_name=LIBRARY, library_version=version(LIBRARY))
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch, "artefact")
+            self.save_pretrained(folder)
+            created = api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(
+                repo_id=created.repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                delete_patterns=list(_DATA_FILES),  # what an older artefact had and this one has not
+            )
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"{target} is a file; pass a directory to save the artefact in.")
+    held = {path.relative_to(target).as_posix() for path in target.rglob("*") if not path.is_dir()}
+    if others := sorted(held - {_MANIFEST, _CARD, *_DATA_FILES}):
+        raise ConfigError(f"{target} holds {others[0]}, which is not part of an artefact and would be lost. Pass a directory of its own.")
+    if held and _MANIFEST not in held:
+        raise ConfigError(f"{target} holds files and no {_MANIFEST}, so it is not an artefact to replace. Pass a directory of its own.")
+
+
+def _copy(source: Path, target: Path, remedy: str) -> None:
+    if not source.is_file():
+        raise ConfigError(f"{source} is needed and is no file. {remedy}")
+    if target.suffix == ".safetensors":
+        _check_safetensors(source, remedy)
+    shutil.copyfile(source, target)
+
+
+def _check_safetensors(path: Path, remedy: str) -> None:
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is no safetensors file ({error}). {remedy}") from error
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _locate(
+    name_or_path: str | os.PathLike[str],
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    local_files_only: bool,
+) -> Path:
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if path.exists() or not isinstance(name_or_path, str):
+        raise ConfigError(f"{path} is not a directory. Pass the directory of an artefact, or a hub id as a string.")
+    try:
+        return Path(
+            snapshot_download(
+                name_or_path,
+                revision=revision,
+                cache_dir=os.fspath(cache_dir) if cache_dir is not None else None,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=[_MANIFEST, *_DATA_FILES],
+                library_name=LIBRARY,
+                library_version=version(LIBRARY),
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{name_or_path!r} is no directory, and the hub did not give it: {reason} "
+            "Check the name, the revision, the token and the network."
+        ) from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, every field of its type; the settings in it are still to be checked."""
+    remedy = "Save or download the artefact again."
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing, so {path.parent} is no artefact. Pass the directory that save_pretrained wrote.")
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is no JSON: {error}. {remedy}") from error
+    found = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise ConfigError(
+            f"{path} has format version {found!r}, and this package ({version(LIBRARY)}) reads version {FORMAT_VERSION}. "
+            "Install the package that wrote it, or make the artefact again."
+        )
+    kinds: dict[str, Any] = {"config": dict, "steps": (int, type(None)), "provenance": dict, "base": dict, "files": dict}
+    if wrong := sorted(name for name, kind in kinds.items() if name not in manifest or not isinstance(manifest[name], kind)):
+        raise ConfigError(f"{path} has no valid {', '.join(wrong)}. {remedy}")
+    base = manifest["base"]
+    if not isinstance(base.get("tensors"), dict) or not isinstance(base.get("weights"), dict) or not isinstance(base.get("class"), str):
+        raise ConfigError(f"{path} has no valid base: the base model's class, tensors and weights are needed. {remedy}")
+    result: dict[str, Any] = manifest
+    return result
+
+
+def read_config(folder: Path) -> CacheConfig:
+    """The settings of an artefact directory, its files checked, without its base model.
+
+    Raises:
+        ConfigError: as for :meth:`CacheArtefact.from_pretrained`.
+    """
+    manifest = _read_manifest(folder / _MANIFEST)
+    _check_files(folder, manifest["files"])
+    return _config_of(manifest["config"], str(folder / _MANIFEST))
+
+
+def _check_files(folder: Path, listed: Mapping[str, Any]) -> None:
+    remedy = "Save or download the artefact again."
+    if unknown := sorted(set(listed) - set(_DATA_FILES)):
+        raise ConfigError(f"{folder / _MANIFEST} lists {unknown[0]!r}, which is no file of an artefact. {remedy}")
+    if listed.keys() & set(_ADAPTER_FILES) not in (set(), set(_ADAPTER_FILES)):
+        raise ConfigError(f"{folder / _MANIFEST} lists one of {' and '.join(_ADAPTER_FILES)}; an adapter is both. {remedy}")
+    for name in _DATA_FILES:
+        path = folder / name
+        if path.is_file() and name not in listed:
+            raise ConfigError(f"{path} is there, and {_MANIFEST} does not list it. Remove it, or save the artefact again.")
+        if name not in listed:
+            continue
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing. {remedy}")
+        if (found := _sha256(path)) != listed[name]:
+            raise ConfigError(f"{path} was changed or cut short: its SHA-256 is {found}, and {_MANIFEST} says {listed[name]}. {remedy}")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _built(cls: type[T], value: Any, where: str) -> T:
+    """The dataclass with exactly the fields of a JSON object."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(value, dict) or value.keys() != known:
+        found = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
+        raise ConfigError(f"{where} has {found} for a {cls.__name__}; exactly {', '.join(sorted(known))} are needed.")
+    try:
+        return cls(**{name: _tuples(setting) for name, setting in value.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _config_of(value: dict[str, Any], where: str) -> CacheConfig:
+    return _built(CacheConfig, value | {"schedule": _built(Schedule, value.get("schedule"), where)}, where)
+
+
+def _check_base(base: Mapping[str, Any], model: nn.Module, what: str) -> None:
+    try:
+        reason = explain_difference(base, fingerprint(model))
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(f"{what} has no readable fingerprint of its base model. Save or download the artefact again.") from error
+    if reason is not None:
+        raise ConfigError(
+            f"{what} was made for another base model: compared with that, this one differs: {reason}. "
+            "Load the base model it was made for, in that dtype, or calibrate for this one."
+        )
+
+
+def _load_predictor(path: Path, model: nn.Module) -> CachePredictor:
+    """The saved predictor on the model's device, in eval mode, around a copy of the model's first block."""
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ConfigError(f"{path.name} is no safetensors file ({error}). Save the artefact again.") from error
+    head, blocks = state.get("head.weight"), list(candidate_blocks(model).values())
+    if head is None or head.dim() != 2 or not blocks:
+        shape = None if head is None else list(head.shape)
+        raise ConfigError(
+            f"the predictor does not fit this model: its head.weight [blocks, channels] is {shape}, and the model has {len(blocks)} "
+            "blocks. Train a predictor for this model."
+        )
+    num_blocks, channels = head.shape
+    predictor = CachePredictor(blocks[0], channels, num_blocks).eval()
+    own, found = _kinds(predictor.state_dict()), _kinds(state)
+    different = [f"{n} is {found.get(n)} and not {own.get(n)}" for n in sorted(own.keys() | found.keys()) if own.get(n) != found.get(n)]
+    if num_blocks > len(blocks):
+        different.insert(0, f"its head scores {num_blocks} blocks, and the model has {len(blocks)}")
+    if different:
+        raise ConfigError(
+            f"the predictor does not fit this model: {'; '.join(different[:3])}. "
+            "Train a predictor for this model, or remove the adapters from its first block."
+        )
+    predictor.load_state_dict(state)
+    return predictor
+
+
+def _kinds(state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in state.items()}
+
+
+# -- the adapter ------------------------------------------------------------------------------------------------------
+
+
+def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Add the peft adapter in directory ``path`` to ``model`` as "tokencache", beside the adapters that are active already.
+
+    An adapter with the same weights that the model carries under any name is used as it is. A refusal leaves the model unchanged.
+
+    Raises:
+        ConfigError: peft is not installed, another adapter has the name, or the adapter does not fit the model.
+    """
+    try:
+        from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ConfigError(f"{path} is an adapter, and peft is not installed to load it: pip install peft.") from error
+    weights = _load_adapter(Path(path))
+    loaded: dict[str, Any] = getattr(model, "peft_config", {})
+    for name in loaded:
+        if _same_tensors(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), weights):
+            return
+    if ADAPTER_NAME in loaded:
+        raise ConfigError(f"the model carries another adapter named {ADAPTER_NAME!r}; delete it, or load the model anew.")
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = {layer: list(layer.active_adapters) for layer in _layers(model, BaseTunerLayer)}
+    try:
+        config = PeftConfig.from_pretrained(os.fspath(path))
+        config.inference_mode = True
+        inject_adapter_in_model(config, model, ADAPTER_NAME)
+        result: Any = set_peft_model_state_dict(model, weights, ADAPTER_NAME)
+        if result.unexpected_keys:
+            raise ValueError(f"the model has no place for {result.unexpected_keys[0]}")
+        if unset := [name for name in result.missing_keys if f".{ADAPTER_NAME}." in name]:
+            raise ValueError(f"it has no weights for {unset[0]}")
+    except Exception as error:
+        for layer, names in active.items():
+            layer.delete_adapter(ADAPTER_NAME)
+            layer.set_adapter(names)
+        for module, own in children:
+            module._modules.update(own)
+        loaded.pop(ADAPTER_NAME, None)
+        if not loaded:
+            model.__dict__.pop("peft_config", None)
+        raise ConfigError(
+            f"the adapter in {path} does not fit this {type(model).__name__}: {error}. Use it with the model it was trained on."
+        ) from error
+    else:
+        for layer in _layers(model, BaseTunerLayer):
+            layer.set_adapter([*active.get(layer, ()), ADAPTER_NAME], inference_mode=True)  # injecting deactivates the others
+            layer.train(model.training)
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+    if hasattr(model, "_hf_peft_config_loaded"):
+        vars(model)["_hf_peft_config_loaded"] = True  # what diffusers' own adapter methods go by
+
+
+def _layers(model: nn.Module, kind: type) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def _load_adapter(path: Path) -> dict[str, Tensor]:
+    for name in _ADAPTER_FILES:
+        if not Path(path, Path(name).name).is_file():
+            raise ConfigError(f"{path} has no {Path(name).name}, so it is no adapter. A peft adapter's save_pretrained writes it.")
+    try:
+        return load_file(path / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ConfigError(f"the adapter in {path} is no safetensors file ({error}). Save it again.") from error
+
+
+def _same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> bool:
+    mine, theirs = ({name.removeprefix("base_model.model."): t for name, t in state.items()} for state in (own, saved))
+    return mine.keys() == theirs.keys() and all(torch.equal(t.cpu(), theirs[name].to(t.dtype)) for name, t in mine.items())

@@ -24,7 +24,7 @@ from train_reference import NULL_LABEL, SCHEDULER_CONFIG
 import tokencache_compile as tc
 from tokencache_compile.metrics import psnr
 from tokencache_compile.plan import CacheConfig
-from tokencache_compile.sampling import sample
+from tokencache_compile.sampling import Conditions, sample
 
 BASE = dict(ratio=0.9, last_k=None, context="reuse", forecast=2, history="full_steps", scorer="random", every=4)
 
@@ -59,7 +59,7 @@ def main(
     )
     
     def run(transformer: Any, count: int) -> torch.Tensor:
-        return sample(transformer, scheduler, labels, noise, count, guidance, NULL_LABEL).clamp(-1, 1)
+        return sample(transformer, scheduler, noise, count, Conditions.of_labels(labels, NULL_LABEL, guidance)).clamp(-1, 1)
 
     reference = run(net, steps)
 

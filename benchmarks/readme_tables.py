@@ -15,6 +15,11 @@ from typing import Annotated, Any
 import typer
 from choose_defaults import BASE
 
+PAPER_ORDER = (
+    "Of the paper's orderings, these hold here: the learned predictor before the other selectors, more recomputed tokens closer (in pred_x0), a larger K closer. "
+    "These do not: Eq. 13 before uniform (on these scores it loses by far, see docs/learning.md; measured interval errors do a little better than uniform, "
+    "and one more I-step that makes the spacing regular much better than all), and K paying for its MACs."
+)
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: benchmarks/readme_tables.py -->", "<!-- end of results -->"
 
@@ -53,6 +58,28 @@ def settings() -> str:
     return table(["setting", "MACs, in full steps of 50", "PSNR (dB)", "margin over fewer steps of the same MACs (dB)"], rows)
 
 
+def selectors() -> str:
+    """Who chooses the tokens, everything else equal (the paper's Table VI)."""
+    prefix = "VI selector: "
+    rows = []
+    for name, row in sorted(read("benchmarks/results/learned_tables.json")["rows"].items(), key=lambda item: item[1].get("mse", 0.0)):
+        if name.startswith(prefix):
+            figures = [f"{row['mse']:.3e}", f"{row['psnr_db']:.2f}", f"{row['pred_x0_mae']:.4f}", f"{row['accuracy']:.1%}"]
+            rows.append([name.removeprefix(prefix), *figures])
+    return table(["selector", "MSE of the images", "PSNR (dB)", "mean abs. deviation of pred_x0", "classified right"], rows)
+
+
+def learned_rows(prefix: str) -> str:
+    """The rows of one of the tables in the shape of the paper's VII to IX."""
+    rows = []
+    for name, row in read("benchmarks/results/learned_tables.json")["rows"].items():
+        if name.startswith(prefix):
+            deviation = f"{row['pred_x0_mae']:.4f}" if "pred_x0_mae" in row else "–"
+            figures = [f"{row['full_step_equivalents']:.1f}", f"{row['mse']:.2e}", f"{row['psnr_db']:.2f}", deviation, f"{row['accuracy']:.1%}"]
+            rows.append([name.removeprefix(prefix), *figures])
+    return table(["setting", "MACs, in full steps of 50", "MSE", "PSNR (dB)", "deviation of pred_x0", "classified right"], rows)
+
+
 def latency() -> str:
     """I- and P-step of DiT-XL/2 on this machine."""
     result = read("benchmarks/results/step_latency_cpu.json")
@@ -70,16 +97,36 @@ def section() -> str:
     judged, grid, steps = (read(f"benchmarks/results/{n}.json") for n in ("judge_reference", "choose_defaults", "step_latency_cpu"))
     shown = read("docs/demo.json")
     transform = steps["transform"]["default"]
-    return f"""**The demo** (reference DiT, 50 guided DDIM steps, ratio 0.9, default settings, compiled, {shown["machine"]["threads"]} CPU threads, torch \
+    tuned, clock = (read(f"benchmarks/results/{name}.json") for name in ("tune_reference", "tune_reference_clock"))
+    learned = read("benchmarks/results/learned_tables.json")["settings"]
+    return f"""**The demo** (reference DiT, 50 guided DDIM steps, ratio 0.9, the shipped predictor and plan, compiled, {shown["machine"]["threads"]} CPU threads, torch \
 {steps["torch"]}, load average {shown["machine"]["load_average"]}; latency of whole runs in turn). At equal MACs the cached run is **{shown["margin_db"]:+.1f} dB** ahead of the run with fewer steps.
 
 {demo()}
 
 **Settings**, on {grid["settings"]["samples"]} other noises; every row keeps the defaults but for what it names. Forecasting decides: holding updates (the paper) loses to fewer
-steps at this scale, attention among kept tokens alone most of all, and extrapolating from P-step values amplifies their error. With the training-free scores recomputing tokens
-does not pay here: `ratio=1.0` is ahead at fewer MACs. The learned predictor is to change that; until it is trained, these are the figures.
+steps at this scale, attention among kept tokens alone most of all, and extrapolating from P-step values amplifies their error. Recomputing more tokens
+brings the images closer (ratio 1.0, 0.9, 0.7, 0.5: each step ahead of the last), but at this scale more I-steps buy more for the same MACs, and K buys nothing.
 
 {settings()}
+
+**Who chooses the tokens?** {learned["samples"]} fixed noises, guidance {learned["guidance"]}, {learned["full_steps"]} I-steps of {learned["steps"]}, ratio 0.9, equal keep counts and one selection a \
+guidance pair for all, MACs of the predictor left out. The learned predictor is closest by both measures; it was trained on guidance pairs and the guided \
+output's error.
+
+{selectors()}
+
+**Ratio, schedule and K** (the paper's Tables VII, VIII, IX), same noises, the trained predictor unless named, K = 0 and 12 I-steps spread evenly but for what the row names; the predictor's own \
+MACs are counted. {PAPER_ORDER}
+
+{learned_rows("VII ")}
+
+{learned_rows("VIII ")}
+
+{learned_rows("IX ")}
+
+**A plan by `tune`**: asked for the fastest plan at least as close as half the steps ({tuned["half_the_steps_psnr_db"]:.1f} dB), guided, it found {tuned["best"]["macs_speedup"]:.2f}× fewer MACs at \
+{tuned["best"]["psnr_db"]:.1f} dB (ratio {tuned["best"]["ratio"]:g}, K = {tuned["best"]["last_k"]}, every {tuned["best"]["every"]}, forecast {tuned["best"]["forecast"]}), and **{clock["best"]["latency_speedup"]:.2f}× on the clock**, both compiled.
 
 **Does the clock follow the MACs?** DiT-XL/2 at 256², batch {steps["batch"]}, {steps["dtype"].removeprefix("torch.")}, random weights, ratio 0.9, K = 4, {steps["threads"]} CPU threads, medians of \
 {steps["rounds"]} rounds in turn. Transforming took {transform["seconds"]:.0f} s and {max(transform["rss_growth_bytes"], 0) / 2**20:.0f} MiB beside weights of \
@@ -88,7 +135,8 @@ does not pay here: `ratio=1.0` is ahead at fewer MACs. The learned predictor is 
 {latency()}
 
 An eager I-step keeps torch's own kernels, because it is the model's own result bit for bit; P-steps and everything compiled take oneDNN's linears. So the compiled I-step is
-itself twice as fast as the eager model, and what the P-step cannot drop (conditioning weights streamed for two rows) weighs more beside it: its time over MACs is above 1.
+itself twice as fast as the eager model, and what the P-step cannot drop (weights that
+must be read for few rows) weighs more beside it: its time over MACs is above 1.
 
 **The reference DiT**: a classifier that is right on {judged["overall"]["classifier_accuracy"]:.1%} of the real test images names the requested class for \
 **{judged["overall"]["agreement"]:.1%}** of {judged["settings"]["samples"]} guided 50-step samples. No GPU was at hand for these figures; `step_latency.py --device cuda` is ready for one."""

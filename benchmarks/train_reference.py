@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -22,7 +21,9 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from fashion_mnist import load_fashion_mnist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+
+from tokencache_compile.learn.checkpoint import load_checkpoint, save_checkpoint
+from tokencache_compile.learn.loop import generator_of
 
 NULL_LABEL = 10  # the unconditional class of classifier-free guidance
 MODEL_CONFIG = dict(
@@ -37,41 +38,6 @@ def learning_rate(images: int, total: int, peak: float, warmup: int = 10_000, de
     if images < warmup:
         return peak * images / warmup
     return peak * min(1.0, (total - images) / (decay * total))
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{index}.{key}": value for index, slots in state.items() for key, value in slots.items()}
-
-
-def save_checkpoint(folder: Path, model: Any, ema: Any, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
-    """Write model, average, optimizer and progress so that a crash leaves the previous checkpoint whole."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    tensors |= _optimizer_tensors(optimizer)
-    tensors = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
-    side = folder / "checkpoint.safetensors.partial"
-    save_file(tensors, side, metadata={"progress": json.dumps(progress)})
-    os.replace(side, folder / "checkpoint.safetensors")
-    ema.save_pretrained(folder / "ema")
-
-
-def load_checkpoint(path: Path, model: Any, ema: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load what :func:`save_checkpoint` wrote; returns its progress."""
-    from safetensors import safe_open
-
-    tensors = load_file(path)
-    for prefix, module in (("model.", model), ("ema.", ema)):
-        module.load_state_dict({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
-    state = optimizer.state_dict()
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(state)
-    with safe_open(path, framework="pt") as file:
-        progress: dict[str, Any] = json.loads(file.metadata()["progress"])
-    return progress
 
 
 def main(
@@ -98,7 +64,7 @@ def main(
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
     step, loss_average = 0, float("nan")
     if (out / "checkpoint.safetensors").exists():
-        saved = load_checkpoint(out / "checkpoint.safetensors", model, ema, optimizer)
+        saved = load_checkpoint(out / "checkpoint.safetensors", {"model": model, "ema": ema}, optimizer)
         step, loss_average = saved["step"], saved["loss"]
     net, optimizer = accelerator.prepare(model, optimizer)
     ema.to(accelerator.device)
@@ -117,7 +83,7 @@ def main(
     with Progress(*columns, disable=not accelerator.is_main_process) as bar:
         task = bar.add_task("train", total=images, completed=step * total_batch, loss=loss_average)
         while step * total_batch < images:
-            draw = torch.Generator().manual_seed((seed << 40) + (share << 32) + step)
+            draw = generator_of(seed, share, step)
             pick = torch.randint(len(data), (batch,), generator=draw)
             clean, label = data[pick], labels[pick].clone()
             label[torch.rand(batch, generator=draw) < label_dropout] = NULL_LABEL
@@ -145,7 +111,9 @@ def main(
                 log.flush()
             finished = step * total_batch >= images
             if accelerator.is_main_process and (finished or time.monotonic() - last_save > 60 * minutes_between_checkpoints):
-                save_checkpoint(out, source, ema, optimizer.optimizer, {"step": step, "loss": loss_average})
+                modules = {"model": source, "ema": ema}
+                save_checkpoint(out / "checkpoint.safetensors", modules, optimizer.optimizer, {"step": step, "loss": loss_average})
+                ema.save_pretrained(out / "ema")
                 last_save = time.monotonic()
     log.close()
 

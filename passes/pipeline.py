@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokencache_compile.ir import BlockProgram, CacheUnit, StepProgram
 from tokencache_compile.passes.analysis import analyse
@@ -17,45 +17,25 @@ from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
 from tokencache_compile.passes.outline import outline
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
-from tokencache_compile.plan import CacheConfig, CachePlan, resolve_plan
+from tokencache_compile.plan import CacheConfig, resolve_plan
 from tokencache_compile.predictor import CachePredictor
+from tokencache_compile.step_table import StepTable
 
 
 @dataclass(frozen=True)
-class StepPrograms:
+class StepPrograms(StepTable):
     """Everything compiled for one input signature.
 
     Attributes:
         full: the I-step.
         cached: a P-step for each keep profile of the plan; empty where nothing is cached.
-        macs: MACs of the I-step and of each P-step, predictor included.
     """
 
     program: BlockProgram
-    plan: CachePlan
     units: tuple[CacheUnit, ...]
     full: StepProgram
     cached: tuple[StepProgram, ...]
-    macs_full: int
-    macs_cached: tuple[int, ...]
     output_spec: Any
-
-    @property
-    def random_shape(self) -> tuple[int, int, int]:
-        """[1, L cached, N]: scores of the ``random`` scorer, the same for every row."""
-        return (1, self.plan.num_cached, self.plan.tokens)
-
-    def step_inputs(self, step: int, device: torch.device) -> list[Tensor]:
-        """What a program takes between the model's tensors and the caches: the step's index, and random scores if it uses them."""
-        inputs = [torch.full((), float(step), device=device)]
-        if self.plan.config.scorer == "random":
-            draw = torch.Generator().manual_seed(step)  # the same for both guidance branches
-            inputs.append(torch.rand(self.random_shape, generator=draw).to(device))
-        return inputs
-
-    def initial_caches(self, device: torch.device) -> list[Tensor]:
-        """The caches of a new request."""
-        return [torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device) for spec in self.full.caches]
 
 
 def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
@@ -88,7 +68,7 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
     cached = tuple(make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
     random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
-    steps = StepPrograms(program, plan, units, full, cached, macs_full, tuple(macs_cached), captured.output_spec)
+    steps = StepPrograms(plan, full.caches, macs_full, tuple(macs_cached), program, units, full, cached, captured.output_spec)
     initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
     same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
     return steps

@@ -12,6 +12,7 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.export import cpu_kernels
 from tokencache_compile.export.inductor import compile_step
 from tokencache_compile.ir import StepProgram
+from tokencache_compile.passes.pipeline import StepPrograms
 
 Backend = Literal["eager", "inductor"]
 
@@ -46,6 +47,6 @@ def check_backend(backend: str) -> None:
         raise ConfigError(f'backend={backend!r} was asked for; it is "inductor" (torch.compile) or "eager".')
 
 
-def make_engine(backend: str, step: StepProgram) -> Engine:
-    """The engine of ``backend`` for ``step``; compiled ones compile at their first call."""
-    return TorchEngine(step, compiled=backend == "inductor")
+def make_engines(backend: str, steps: StepPrograms) -> list[Engine]:
+    """The engines of ``backend`` for the I-step and then each P-step; compiled ones compile at their first call."""
+    return [TorchEngine(step, compiled=backend == "inductor") for step in (steps.full, *steps.cached)]

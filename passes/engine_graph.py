@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.ir import EngineGraph, StepIO, StepProgram, TensorSpec
+from tokencache_compile.passes.drop_squeezes import drop_squeezes
 from tokencache_compile.passes.inline_regions import inline_regions
 from tokencache_compile.passes.pipeline import StepPrograms
 from tokencache_compile.passes.verify import extra_inputs
@@ -91,6 +92,14 @@ def _take_selection(graph: Graph, blocks: Sequence[int]) -> dict[int, Node]:
     return found
 
 
+class _Shapes(Interpreter):
+    """Notes every node's value, a fake tensor, in ``meta["val"]``."""
+
+    def run_node(self, n: Node) -> Any:
+        value = n.meta["val"] = super().run_node(n)
+        return value
+
+
 def _cut(
     module: GraphModule, outputs: Mapping[str, Node], specs: Mapping[str, TensorSpec], io: StepIO, device: torch.device
 ) -> EngineGraph:
@@ -114,6 +123,8 @@ def _cut(
     cut.graph.lint()
     inputs = tuple(specs[str(n.target)] for n in graph.nodes if n.op == "placeholder")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        values = cut(*(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in inputs))
+        values = _Shapes(cut).run(*(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in inputs))
+    drop_squeezes(cut.graph)
+    cut.recompile()
     computed = tuple(TensorSpec(name, tuple(map(int, v.shape)), v.dtype) for name, v in zip(outputs, values, strict=True))
     return EngineGraph(replace(io, inputs=inputs, outputs=computed), cut)

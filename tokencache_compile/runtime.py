@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from tokencache_compile.call_format import CallFormat
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
@@ -20,6 +23,20 @@ from tokencache_compile.requests import SchedulerWatch
 from tokencache_compile.step_dispatcher import GATE, Compiled, StepDispatcher, StepReport, Summary
 
 __all__ = ["Dispatcher", "StepReport", "Summary"]
+
+
+@dataclass(frozen=True)
+class Captured(Compiled):
+    """The steps of one signature of a model, with the programs they came from.
+
+    Attributes:
+        call: what the calls look like.
+        autocast: whether they run under autocast, which decides dtypes outside the graphs.
+    """
+
+    steps: StepPrograms
+    call: CallFormat
+    autocast: bool
 
 
 class Dispatcher(StepDispatcher):
@@ -37,8 +54,7 @@ class Dispatcher(StepDispatcher):
         self.predictor = predictor
         self.cache_config = config
         self.backend = backend
-        self._compiled: dict[Hashable, Compiled] = {}
-        self._programs: StepPrograms | None = None
+        self._compiled: dict[Hashable, Captured] = {}
         self._lock = threading.RLock()
         self.train(model.training)
 
@@ -58,24 +74,36 @@ class Dispatcher(StepDispatcher):
                 f"{type(self.model).__name__} is in training mode, where it is random (dropped labels, dropout). Call model.eval() first."
             )
 
-    def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Compiled:
+    def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Captured:
         with self._lock:
             known = self._compiled.get(signature)
-            if known is not None and begins and not self._shares_weights(known):
+            if known is not None and begins and not known.steps.program.shares_weights_of(self.model):
                 self._compiled.clear()  # weights were replaced (an adapter, load_state_dict(assign=True)): capture anew
             if signature not in self._compiled:
                 self._compiled[signature] = self._compile(call)
             return self._compiled[signature]
 
-    def _shares_weights(self, compiled: Compiled) -> bool:
-        return isinstance(compiled.steps, StepPrograms) and compiled.steps.program.shares_weights_of(self.model)
-
-    def _compile(self, call: dict[str, Any]) -> Compiled:
+    def _compile(self, call: dict[str, Any]) -> Captured:
         with GATE.capture():
             steps = build_steps(self.model, call, self.cache_config, self.predictor)
         full, *cached = make_engines(self.backend, steps)
-        self._programs = steps
-        return Compiled(steps, full, tuple(cached), partial(pytree.tree_unflatten, treespec=steps.output_spec))
+        rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)
+        call_format = CallFormat.of(self._signature, call, steps.program.input_names)
+        autocast = torch.is_autocast_enabled(steps.program.known_stream.device.type)
+        return Captured(steps, full, tuple(cached), rebuild, call_format, autocast)
+
+    def captured(self, example_inputs: Mapping[str, Any] | None = None) -> Captured:
+        """What is compiled for the signature of ``example_inputs``, captured now if it was not; None: the last signature.
+
+        Raises:
+            ConfigError: nothing is captured yet.
+        """
+        if example_inputs is not None:
+            signature, call = self._accept(example_inputs)
+            return self._lookup(signature, call, begins=True)
+        if not self._compiled:
+            raise ConfigError("nothing is captured yet: call the model once, or pass example_inputs.")
+        return list(self._compiled.values())[-1]
 
     @property
     def plan(self) -> CachePlan:
@@ -85,6 +113,4 @@ class Dispatcher(StepDispatcher):
     @property
     def steps(self) -> StepPrograms:
         """The programs of the last signature that was captured."""
-        if self._programs is None:
-            raise ConfigError("nothing is captured yet: call the model once, or pass example_inputs to transform().")
-        return self._programs
+        return self.captured().steps

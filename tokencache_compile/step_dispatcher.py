@@ -298,16 +298,22 @@ class StepDispatcher(nn.Module, ABC):
 
     def prepare(self, example_inputs: Mapping[str, Any]) -> None:
         """Make ready for the signature of ``example_inputs`` (keyword arguments of one call) ahead of time: capture, compile, warm up."""
-        call = bind_call(self._name, self._signature, (), example_inputs)
-        call.pop("return_dict", None)
-        signature, tensors = self._signature_of(call)
-        self._check_values(call, tensors)
+        signature, call = self._accept(example_inputs)
         compiled = self._lookup(signature, call, begins=True)
+        _, tensors = self._signature_of(call)
         device = call[self._sample_name].device
         for engine in (compiled.full, *compiled.cached):
             extras = compiled.steps.step_inputs(0, device)
             with GATE.step():
                 engine(tensors, extras, compiled.steps.initial_caches(device))
+
+    def _accept(self, kwargs: Mapping[str, Any]) -> tuple[Hashable, dict[str, Any]]:
+        """The signature and the bound arguments of a call that is not part of a run, checked."""
+        call = bind_call(self._name, self._signature, (), kwargs)
+        call.pop("return_dict", None)
+        signature, tensors = self._signature_of(call)
+        self._check_values(call, tensors)
+        return signature, call
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from tokencache_compile.calls import bind_call
 from tokencache_compile.errors import BundleError, ConfigError, InputError
-from tokencache_compile.export.manifest import Manifest, read_manifest
+from tokencache_compile.export.manifest import Manifest, engine_file, read_manifest
 from tokencache_compile.export.session import Session, SessionEngine
 from tokencache_compile.plan import CachePlan
 from tokencache_compile.requests import SchedulerWatch
@@ -120,11 +120,20 @@ def _onnx_sessions(folder: Path, manifest: Manifest, provider: str, device: torc
 
 
 def _engine_sessions(folder: Path, manifest: Manifest, flavour: str, device: torch.device) -> dict[str, Session]:
-    entry = next((engine for engine in manifest.engines if engine.flavour == flavour), None)
+    from tokencache_compile.export.tensorrt_session import TensorRTSession, Workspace
+
+    entry = next((engine for engine in manifest.engines if engine.target.flavour == flavour), None)
     if entry is None:
-        there = ", ".join(engine.flavour for engine in manifest.engines) or "none"
+        there = ", ".join(engine.target.flavour for engine in manifest.engines) or "none"
         raise BundleError(
             f'runtime="{flavour}" was asked for and {folder} has these engines: {there}. '
-            f'Export with export_tensorrt(…, flavour="{flavour}"), or load with runtime="onnxruntime".'
+            'Export with export_tensorrt and that flavour, or load with runtime="onnxruntime".'
         )
-    raise NotImplementedError
+    workspace = Workspace(device)
+    caches = [cache.name for cache in manifest.caches]
+    sessions: dict[str, Session] = {}
+    for graph in manifest.graphs:
+        weights = folder / f"{graph.name}.onnx" if entry.refittable else None
+        file = folder / engine_file(graph.name, flavour)
+        sessions[graph.name] = TensorRTSession(file, graph.io, caches, entry.target, workspace, weights_from=weights)
+    return sessions

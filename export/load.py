@@ -74,6 +74,7 @@ def load(
     provider: str = "cpu",
     device: str | torch.device | None = None,
     scheduler: Any = None,
+    runtime_cache: str | os.PathLike[str] | None = None,
 ) -> BundleDispatcher:
     """The dispatcher of an exported bundle.
 
@@ -86,6 +87,7 @@ def load(
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt".
         device: where the tensors are; the CPU for provider "cpu", else the current GPU.
         scheduler: the sampler's scheduler, whose ``set_timesteps`` then marks each request's begin.
+        runtime_cache: a file that keeps the kernels which TensorRT-RTX compiles when it loads an engine.
 
     Raises:
         BundleError: the bundle is not as its manifest says, or has no engines for ``runtime``, this version or this GPU.
@@ -101,7 +103,7 @@ def load(
     if runtime == "onnxruntime":
         sessions = _onnx_sessions(folder, manifest, provider, where)
     else:
-        sessions = _engine_sessions(folder, manifest, runtime, where)
+        sessions = _engine_sessions(folder, manifest, runtime, where, runtime_cache)
     engines = []
     for step in manifest.steps:
         scores = sessions[step.scores.name] if step.scores is not None else None
@@ -119,7 +121,9 @@ def _onnx_sessions(folder: Path, manifest: Manifest, provider: str, device: torc
     return {graph.name: OnnxSession(folder / f"{graph.name}.onnx", graph.io, provider, device) for graph in manifest.graphs}
 
 
-def _engine_sessions(folder: Path, manifest: Manifest, flavour: str, device: torch.device) -> dict[str, Session]:
+def _engine_sessions(
+    folder: Path, manifest: Manifest, flavour: str, device: torch.device, runtime_cache: str | os.PathLike[str] | None
+) -> dict[str, Session]:
     from tokencache_compile.export.tensorrt_session import TensorRTSession, Workspace
 
     entry = next((engine for engine in manifest.engines if engine.target.flavour == flavour), None)
@@ -135,5 +139,7 @@ def _engine_sessions(folder: Path, manifest: Manifest, flavour: str, device: tor
     for graph in manifest.graphs:
         weights = folder / f"{graph.name}.onnx" if entry.refittable else None
         file = folder / engine_file(graph.name, flavour)
-        sessions[graph.name] = TensorRTSession(file, graph.io, caches, entry.target, workspace, weights_from=weights)
+        sessions[graph.name] = TensorRTSession(
+            file, graph.io, caches, entry.target, workspace, weights_from=weights, runtime_cache=runtime_cache
+        )
     return sessions

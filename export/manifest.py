@@ -168,7 +168,6 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = from_json(Manifest, content, str(path))
-        manifest.output.check()
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{error} {again}") from error
     _check_consistent(manifest, path)
@@ -226,7 +225,9 @@ def _check_files(folder: Path, listed: Mapping[str, FileEntry], again: str) -> N
         raise BundleError(f"{folder / unknown[0]} is there, and {MANIFEST} does not list it. Remove it, or export again.")
     for name, entry in listed.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name:
+            raise BundleError(f"{folder / MANIFEST} lists {name!r}, which is no file's name. {again}")
+        if not path.is_file():
             raise BundleError(f"{path} is missing. {again}")
         if (size := path.stat().st_size) != entry.nbytes:
             raise BundleError(f"{path} was cut short or changed: it has {size} bytes, and {MANIFEST} says {entry.nbytes}. {again}")

@@ -43,7 +43,7 @@ class OnnxSession:
     def __init__(self, path: Path, io: StepIO, provider: str = "cpu", device: torch.device | None = None) -> None:
         runtime = _import_runtime()
         wanted = _providers(runtime, provider)
-        self.io = io
+        self.path, self.io = path, io
         self.device = device or torch.device("cpu" if provider == "cpu" else "cuda")
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors: what it says of initialisers that share a file is no news

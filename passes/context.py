@@ -19,6 +19,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from tokencache_compile.ir import Body
 from tokencache_compile.passes.analysis import placeholders
+from tokencache_compile.passes.groups import attend_by_group
 from tokencache_compile.passes.pair_mask import pair_mask
 from tokencache_compile.plan import Context
 
@@ -74,9 +75,14 @@ class BodyCopy:
         return env[outputs[self.body.known_roles.stream_output]]
 
     def run(self) -> Node:
-        """The body on all tokens; returns the stream."""
+        """The body on all tokens, in their own order; returns the stream."""
+        grouped = {a.node: a.groups for a in self.body.known_roles.attentions}
         for node in self._nodes():
-            self._copy(node, self.all_tokens)
+            groups = grouped.get(node.name)
+            if groups is None:
+                self._copy(node, self.all_tokens)
+            else:
+                self.all_tokens[node] = attend_by_group(node, groups, lambda n: Proxy(self.all_tokens[n], self.tracer)).node
         return self._result(self.all_tokens)
 
     def context_values(self, context: Context) -> list[Node]:

@@ -15,6 +15,7 @@ from tokencache_compile.passes.cached_step import make_cached
 from tokencache_compile.passes.capture import capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
+from tokencache_compile.passes.groups import find_groups
 from tokencache_compile.passes.outline import outline
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
 from tokencache_compile.plan import CacheConfig, CachePlan, resolve_plan
@@ -70,7 +71,7 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
     captured = capture(model, kwargs)
     program = outline(captured, model)
     verify_blocks(program)
-    program = analyse(program, captured)
+    program = find_groups(analyse(program, captured))
     must_share = any(body.known_roles.needs_shared_index for body in program.bodies)
     stream = program.known_stream
     plan = resolve_plan(config, len(program.blocks), stream.tokens, must_share, stream.batch)

@@ -63,10 +63,10 @@ class OnnxSession:
             )
         for nodes, specs in ((self._session.get_inputs(), io.inputs), (self._session.get_outputs(), io.outputs)):
             found = {node.name: (tuple(node.shape), node.type) for node in nodes}
-            wanted = {spec.name: (spec.shape, f"tensor({_TYPES[spec.dtype]})") for spec in specs if spec.dtype in _TYPES}
-            if found != wanted:  # tensors are bound by address: ONNX Runtime would read or write beyond their ends
-                name = next(name for name in (*found, *wanted) if found.get(name) != wanted.get(name))
-                raise BundleError(f"{path.name} has {name} as {found.get(name)}, where {wanted.get(name)} was to be. Export again.")
+            needed = {spec.name: (spec.shape, f"tensor({_TYPES[spec.dtype]})") for spec in specs if spec.dtype in _TYPES}
+            if found != needed:  # tensors are bound by address: ONNX Runtime would read or write beyond their ends
+                name = next(name for name in (*found, *needed) if found.get(name) != needed.get(name))
+                raise BundleError(f"{path.name} has {name} as {found.get(name)}, where {needed.get(name)} was to be. Export again.")
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Session`."""

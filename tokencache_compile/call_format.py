@@ -18,7 +18,7 @@ _KINDS = {str(kind.name): kind for kind in inspect._ParameterKind}
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of the forward. ``default`` is None or a number, string or bool; None stands for any other, which calls must then give."""
+    """An argument of the forward. ``default`` is None, a number, string or bool; None stands for any other, which calls must give."""
 
     name: str
     kind: str

@@ -21,14 +21,18 @@ from tokencache_compile.predictor import CachePredictor
 
 
 def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePredictor, first_inputs: list[Node]) -> Any:
-    """α [B, L, N] = sigmoid(head(block 1's structure with the predictor's weights)), from block 1's own inputs."""
+    """Scores [B, L, N] = head(block 1's structure with the predictor's weights), from block 1's own inputs.
+
+    They are α before its sigmoid, which changes no order. A trained α rounds to 1 for many tokens, and such ties fall differently
+    in every engine; and a pair's scores are trained as the sum of these.
+    """
     body = program.body_of(program.blocks[0])
     tensors = {**dict(predictor.block.named_parameters()), **dict(predictor.block.named_buffers())}
     weights = [step.weight(f"predictor.block.{name}", tensors[name]) for name in body.weight_names]
     outputs = step.call(body.name, lambda: plain_region(body), [*weights, *first_inputs], body.num_outputs)
     hidden = step.proxy(outputs[body.known_roles.stream_output])
     head = [step.proxy(step.weight(f"predictor.head.{name}", tensor)) for name, tensor in predictor.head.named_parameters()]
-    return torch.sigmoid(torch.nn.functional.linear(hidden, *head)).transpose(1, 2)
+    return torch.nn.functional.linear(hidden, *head).transpose(1, 2)
 
 
 def select(step: StepGraph, plan: CachePlan, block: int, kept: int, names: UnitCaches, scores: Any, batch: int) -> Any:

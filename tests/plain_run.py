@@ -74,7 +74,7 @@ def reference_run(
         elif predictor is not None:
             args, kwargs = first_block_call(model, **given_now)
             with torch.no_grad():
-                scores = predictor(*args, **kwargs)[:, : len(profiles[0])]
+                scores = torch.logit(predictor(*args, **kwargs).double())[:, : len(profiles[0])]
         loop.keep = list(profiles[config.groups[min(step, len(config.groups) - 1)] if config.groups else 0])
         full = (config.schedule.full is None and step % config.schedule.every == 0) or step in (config.schedule.full or ())
         if not full:

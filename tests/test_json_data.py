@@ -37,7 +37,8 @@ INNER = Inner(torch.bfloat16, 0.5)
 VALUE = Outer("x", "b", (1, "y"), (INNER, INNER), None, {"k": INNER}, True, {"free": [1, None, "z"]})
 
 PLAN = CachePlan(CacheConfig(keep=((3, 0), (1, 2)), groups=(0, 1), schedule=Schedule(full=(0, 2))), 16, 3, 1, ((3, 0), (1, 2)))
-IO = StepIO("P", (3, 0), ("x", "step"), (TensorSpec("x", (2, 3), torch.float16),), (TensorSpec("y", (), torch.int64),), 1, ("y",), ((0, 3),))
+SPECS = TensorSpec("x", (2, 3), torch.float16), TensorSpec("y", (), torch.int64)
+IO = StepIO("P", (3, 0), ("x", "step"), SPECS[:1], SPECS[1:], 1, ("y",), ((0, 3),))
 
 
 @pytest.mark.parametrize("value", [VALUE, INNER, PLAN, IO, CacheSpec("stamps", (1, 1, 3), torch.float32, -1.0)])

@@ -12,7 +12,7 @@ from tokencache_compile import CacheConfig, CachePredictor, Schedule
 from tokencache_compile.learn.lora import HardPass, HardStep, HardWindow, lora_targets
 from tokencache_compile.passes.pipeline import build_steps
 
-ROWS = 2
+ROWS, NULL = 2, 1000  # NULL: the label that stands for "unconditional"
 DIT_LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
 PIXART_LINEARS = (*DIT_LINEARS, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
 CONFIG = CacheConfig(0.7, 1, "reuse", 1, "full_steps", "predictor", schedule=Schedule(3))
@@ -39,10 +39,10 @@ def shape_of(model: nn.Module) -> tuple[dict[str, int], dict[str, bool], set[str
 
 
 class Hard:
-    """A tiny model with a drawn adapter, captured without and with it, and a window on both."""
+    """A tiny model with a drawn adapter, captured without and with it, and a window on both; with guidance on pairs of rows."""
 
-    def __init__(self, config: CacheConfig, model: Model, predictor: CachePredictor | None = None, steps: int = 6) -> None:
-        self.config, self.model, self.scheduler = config, model, sampler(steps)
+    def __init__(self, config: CacheConfig, model: Model, predictor: CachePredictor | None = None, guidance: float = 1.0) -> None:
+        self.config, self.model, self.scheduler, self.guidance = config, model, sampler(6), guidance
         self.labels = torch.tensor([3, 7])
         self.clean, self.noise = sample(ROWS, seed=21), sample(ROWS, seed=22)
         call = self.make_call(self.clean, self.scheduler.timesteps[0])
@@ -51,15 +51,19 @@ class Hard:
         self.call, self.predictor = call, predictor
 
     def make_call(self, x: Tensor, timestep: Tensor) -> dict[str, Any]:
+        labels = self.labels
+        if self.guidance != 1.0:
+            x, labels = torch.cat([x, x]), torch.cat([labels, torch.full_like(labels, NULL)])
         # What the model's forward binds to, in its order.
-        full = {"hidden_states": x, "timestep": timestep.expand(len(x)), "class_labels": self.labels}
+        full = {"hidden_states": x, "timestep": timestep.expand(len(x)), "class_labels": labels}
         return {**full, "cross_attention_kwargs": None}
 
     def window(self) -> tuple[HardWindow, HardPass, list[nn.Parameter]]:
         """Within the adapter's context."""
         weights = draw_adapter(self.model)
         adapted = build_steps(self.model, self.call, self.config, self.predictor)
-        return HardWindow(self.model, self.original, adapted, self.scheduler), HardPass(weights, adapted), weights
+        window = HardWindow(self.model, self.original, adapted, self.scheduler, self.guidance)
+        return window, HardPass(weights, adapted, self.guidance), weights
 
     def step(self, window: HardWindow, index: int) -> HardStep:
         return window.run(self.clean, self.noise, index, self.make_call, [torch.Generator() for _ in range(ROWS)])

@@ -254,10 +254,9 @@ def test_calibration_is_what_a_plain_loop_finds(kind: str, batches: list[tuple[T
 
 
 def test_calibration_keeps_the_blocks_of_the_default_last_k(model: Model) -> None:
-    """A seventh of 4 blocks is 1."""
     found = calibrate(model, trained(model), ddim_scheduler(), [(sample(1), guided([1]))], 2, examples=0)
-    assert found.last_k == transformed_last_k(model) == 1
-    assert found.examples.shape == (0, 2, LAYERS, TOKENS) and found.images.shape == (0, 4, 8, 8)
+    assert found.last_k == transformed_last_k(model) == 0
+    assert found.share.shape == (2, LAYERS) and found.examples.shape == (0, 2, LAYERS, TOKENS) and found.images.shape == (0, 4, 8, 8)
 
 
 def transformed_last_k(model: Model) -> int:
@@ -271,7 +270,7 @@ def test_a_transformed_model_runs_what_was_calibrated(model: Model) -> None:
     predictor = trained(model)
     found = calibrate(model, predictor, ddim_scheduler(), [(sample(2), guided([1, 2]))], STEPS, 0.75, 1)
     schedule = Schedule(9, (0, 3))
-    config = to_config(found, CacheConfig(ratio=0.75), schedule, TOKENS, groups=2)
+    config = to_config(found, CacheConfig(ratio=0.75, last_k=1), schedule, TOKENS, groups=2)
     assert config.keep is not None and all(sum(profile) == round(0.25 * 3 * TOKENS) for profile in config.keep)
     assert (config.keep, config.groups) == group_profiles(found.share, [1, 2, 4, 5], TOKENS, 0.75, 2)
     assert (config.keep, config.groups) == found.keep(TOKENS, 2, p_steps=[1, 2, 4, 5])
@@ -581,7 +580,7 @@ def test_values_of_a_calibration(changes: dict[str, Any], named: str) -> None:
         made(**changes)
 
 
-@pytest.mark.parametrize("base", [CacheConfig(ratio=0.8), CacheConfig(last_k=2)])
+@pytest.mark.parametrize("base", [CacheConfig(ratio=0.8, last_k=1), CacheConfig(last_k=2)])
 def test_settings_that_were_not_calibrated(base: CacheConfig) -> None:
     with pytest.raises(ConfigError, match="calibrate again"):
         to_config(replace(made(), share=torch.full((3, 3), 0.1)), base, Schedule(), 16)
@@ -589,4 +588,4 @@ def test_settings_that_were_not_calibrated(base: CacheConfig) -> None:
 
 def test_a_schedule_without_p_steps() -> None:
     with pytest.raises(ConfigError, match="run in full"):
-        to_config(made(), CacheConfig(), Schedule(every=1), 16)
+        to_config(made(), CacheConfig(last_k=1), Schedule(every=1), 16)

@@ -53,6 +53,7 @@ def test_ratio(model: Model, ratio: Any) -> None:
     "setting",
     [
         {"last_k": -1},
+        {"last_k": None},
         {"last_k": 1.0},
         {"last_k": "1"},
         {"last_k": True},

@@ -82,7 +82,7 @@ def check(model: Model, options: dict[str, Any]) -> Dispatcher:
     parameters = list(model.parameters())
     pipe = pipeline("dit" if isinstance(model, DiTTransformer2DModel) else "pixart", model, vae())
     before = resident_bytes()
-    calls = record(transformed(pipe, scorer="random", last_k=None, schedule=Schedule(full=FULL)), **options)
+    calls = record(transformed(pipe, scorer="random", last_k=LAST_K, schedule=Schedule(full=FULL)), **options)
     dispatcher: Dispatcher = pipe.transformer
     assert resident_bytes() - before < 0.25 * sum(p.numel() * p.element_size() for p in parameters)
     assert all(own is now for own, now in zip(parameters, dispatcher.model.parameters(), strict=True))

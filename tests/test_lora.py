@@ -153,19 +153,34 @@ class Recorded(PlainLoop):
 
 
 @pytest.mark.parametrize(
-    "config, index",
+    "config, index, guidance",
     [
-        (CONFIG, 4),
-        (replace(CONFIG, scorer="random", context="full", last_k=2, keep=((3, 6),)), 5),
-        (replace(CONFIG, scorer="change", context="cached", forecast=0), 5),
-        (replace(CONFIG, scorer="norm", context="kept", history="computed", keep=((3, 0, 6), (5, 1, 2)), groups=(0, 0, 0, 0, 0, 1)), 5),
+        (CONFIG, 4, 1.0),
+        (replace(CONFIG, scorer="random", context="full", last_k=2, keep=((3, 6),)), 5, 1.0),
+        (replace(CONFIG, scorer="change", context="cached", forecast=0), 5, 1.0),
+        (
+            replace(CONFIG, scorer="norm", context="kept", history="computed", keep=((3, 0, 6), (5, 1, 2)), groups=(0, 0, 0, 0, 0, 1)),
+            5,
+            1.0,
+        ),
+        (replace(CONFIG, selection="pair"), 4, 2.5),
+        (replace(CONFIG, scorer="change", context="cached", last_k=2), 5, 0.5),
     ],
 )
-def test_the_hard_path_is_that_of_inference(config: CacheConfig, index: int) -> None:
-    """Against the plain loop over the eager modules: adapter on in P-steps, off in I-steps and for the target."""
+def test_the_hard_path_is_that_of_inference(config: CacheConfig, index: int, guidance: float) -> None:
+    """Against the plain loop over the eager modules: adapter on in P-steps, off in I-steps and for the target.
+
+    Without guidance the error is the last stream's, with it the guided output's, and the sampler steps by that output.
+    """
     base = build("dit")
     predictor = make_predictor(base) if config.scorer == "predictor" else None
-    hard = Hard(config, build("dit"), predictor)
+    hard = Hard(config, build("dit"), predictor, guidance)
+    rows = ROWS if guidance == 1.0 else 2 * ROWS
+
+    def noise_of(output: Tensor) -> Tensor:
+        """w · cond + (1 − w) · uncond, without the learned variance."""
+        return output[:, :4] if guidance == 1.0 else guidance * output[:ROWS, :4] + (1 - guidance) * output[ROWS:, :4]
+
     with added_lora(hard.model, hard.targets, rank=3):
         window, loss_of, _ = hard.window()
         step = hard.step(window, index)
@@ -174,31 +189,32 @@ def test_the_hard_path_is_that_of_inference(config: CacheConfig, index: int) -> 
         profiles = hard.original.plan.profiles
         scorer = config.scorer if config.scorer in ("change", "norm") else "external"
         last_k = hard.original.plan.last_k
-        loop = Recorded(base, profiles[0], last_k, config.context, config.forecast, scorer, history=config.history)
+        loop = Recorded(base, profiles[0], last_k, config.context, config.forecast, scorer, config.selection, config.history)
         x = hard.scheduler.add_noise(hard.clean, hard.noise, hard.scheduler.timesteps[:1].expand(ROWS))
         for i in range(index + 1):  # every window here begins at step 0
             timestep, full = hard.scheduler.timesteps[i], i % 3 == 0
-            given = {"hidden_states": x, "timestep": timestep.expand(ROWS), "class_labels": hard.labels}
+            given = hard.make_call(x, timestep)
             scores = None
             if config.scorer == "random":
-                scores = torch.rand(1, LAYERS - last_k, 16, generator=torch.Generator().manual_seed(i)).expand(ROWS, -1, -1)
+                scores = torch.rand(1, LAYERS - last_k, 16, generator=torch.Generator().manual_seed(i)).expand(rows, -1, -1)
             elif predictor is not None:
                 args, kwargs = first_block_call(base, **given)
                 with torch.no_grad():
-                    scores = predictor(*args, **kwargs)[:, : LAYERS - last_k]
+                    scores = torch.logit(predictor(*args, **kwargs).double())[:, : LAYERS - last_k]
             loop.model = base if full else hard.model
             loop.keep = list(profiles[config.groups[i] if config.groups else 0])
             output = loop.step(i, full, None if full else scores, **given)
             if i < index:
-                x = hard.scheduler.step(output[:, :4], timestep, x).prev_sample
+                x = hard.scheduler.step(noise_of(output), timestep, x).prev_sample
     streams: list[Tensor] = []
     handle = base.transformer_blocks[-1].register_forward_hook(lambda _, __, result: streams.append(result))
     with torch.no_grad():
-        base(**given)
+        exact = base(**given).sample
     handle.remove()
-    assert torch.equal(step.inputs[0], x) or torch.allclose(step.inputs[0], x, atol=1e-5)
-    assert torch.allclose(step.target, streams[0], atol=1e-4)
-    expected = float((loop.last - streams[0]).square().mean())
+    assert torch.allclose(step.inputs[0], given["hidden_states"], atol=1e-5)
+    got, wanted = (loop.last, streams[0]) if guidance == 1.0 else (noise_of(output), noise_of(exact))
+    assert torch.allclose(step.target, wanted, atol=1e-4)
+    expected = float((got - wanted).square().mean())
     assert expected > 1e-3
     assert loss == pytest.approx(expected, rel=1e-3)
 
@@ -216,8 +232,11 @@ def test_the_windows_start_moves_with_the_step() -> None:
     assert torch.allclose(step.inputs[0], x, atol=1e-5)
 
 
-def test_gradients_reach_the_adapter_alone_and_are_right() -> None:
-    hard = Hard(replace(CONFIG, last_k=2), build("dit"), make_predictor(build("dit")))
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_gradients_reach_the_adapter_alone_and_are_right(guidance: float) -> None:
+    hard = Hard(
+        replace(CONFIG, last_k=2, selection="sample" if guidance == 1.0 else "pair"), build("dit"), make_predictor(build("dit")), guidance
+    )
     with added_lora(hard.model, hard.targets, rank=3):
         window, loss_of, weights = hard.window()
         step = hard.step(window, 4)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from adapters import CONFIG, DIT_LINEARS, ROWS, Hard, names_of, shape_of
+from adapters import CONFIG, DIT_LINEARS, NULL, ROWS, Hard, names_of, shape_of
 from plain_run import make_predictor
 from safetensors.torch import load_file
 from tiny import Model, build, call_of, ddim, parameters_unchanged, sample, sampler, transformed
@@ -27,6 +27,8 @@ peft = pytest.importorskip("peft")
 
 TRAINING = TrainingConfig(steps=4, batch=ROWS, lr=1e-3, label_dropout=0.0, sampling_steps=6, checkpoint_every=2)
 LONG = replace(TRAINING, steps=60, lr=1e-2)
+GUIDED = replace(TRAINING, guidance=2.5)
+PAIRS: dict[str, Any] = {"config": replace(CONFIG, selection="pair"), "training": GUIDED, "null": {"class_labels": torch.tensor(NULL)}}
 
 
 class Data:
@@ -118,13 +120,14 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert set(config["target_modules"]) == names_of(DIT_LINEARS, 3)
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
-    model, training = build("dit"), replace(TRAINING, ema_decay=0.9)
-    whole = run(model, tmp_path / "whole", training=training)
+@pytest.mark.parametrize("given", [{"training": TRAINING}, PAIRS], ids=["unguided", "guided"])
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, given: dict[str, Any]) -> None:
+    model, given = build("dit"), given | {"training": replace(given["training"], ema_decay=0.9)}
+    whole = run(model, tmp_path / "whole", **given)
     with pytest.raises(OSError, match="the disk is gone"):
-        run(model, tmp_path / "parts", training=training, data=Data(fails_at=4 * ROWS + 2))
+        run(model, tmp_path / "parts", data=Data(fails_at=4 * ROWS + 2), **given)
     assert len(losses(tmp_path / "parts")) == 3  # the third step's row is past the checkpoint
-    parts = run(model, tmp_path / "parts", training=training)
+    parts = run(model, tmp_path / "parts", **given)
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, parts))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
@@ -160,7 +163,36 @@ def test_mixed_precision_trains_too(tmp_path: Path, other_precision: None) -> No
     assert all(float(value.abs().max()) > 0 for name, value in weights.items() if ".lora_B." in name)
 
 
-def test_a_pair_selection_is_trained_as_one_per_sample(trained: Path, tmp_path: Path) -> None:
+def test_guidance_trains_on_pairs_with_one_selection(tmp_path: Path) -> None:
+    """The first row, before anything is learned, is the guided window's own loss; the halves' own selections give another."""
+    model = build("dit")
+    with parameters_unchanged(model):
+        folder = run(model, tmp_path / "pair", **PAIRS)
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(float(value.abs().max()) > 0 for name, value in weights.items() if ".lora_B." in name)
+
+    hard = Hard(PAIRS["config"], build("dit"), make_predictor(build("dit")), GUIDED.guidance)
+    hard.clean, hard.noise, given, index, _ = Batches(Data(), None, GUIDED, [1, 2, 4, 5], 0, 1).draw(0)
+    hard.labels = given["class_labels"]
+    with added_lora(hard.model, hard.targets, rank=4):
+        window, loss_of, drawn = hard.window()
+        torch._foreach_zero_([weight.detach() for weight in drawn])
+        expected = float(loss_of(hard.step(window, index)).detach())
+    assert losses(tmp_path / "pair")[0] == pytest.approx(expected, rel=1e-5)
+
+    run(model, tmp_path / "sample", **PAIRS | {"config": CONFIG, "training": replace(GUIDED, steps=1)})
+    assert losses(tmp_path / "sample")[0] != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_guided_run_lowers_the_guided_error(tmp_path: Path) -> None:
+    """Over the run, each step's loss beside that of the same step without the adapter."""
+    run(build("dit"), tmp_path, **PAIRS | {"training": replace(GUIDED, steps=60, lr=1e-2)})
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    ratios = torch.tensor([row["cache_loss"] / row["without_lora"] for row in rows])
+    assert float(ratios[0]) == pytest.approx(1.0, rel=1e-4) and float(ratios[-20:].median()) < 0.8
+
+
+def test_without_guidance_a_pair_selection_is_trained_as_one_per_sample(trained: Path, tmp_path: Path) -> None:
     run(build("dit"), tmp_path, replace(CONFIG, selection="pair"), replace(LONG, steps=1))
     assert losses(tmp_path) == losses(trained.parent)[:1]
 
@@ -202,7 +234,7 @@ def test_the_checkpoint_of_another_run_is_refused(trained: Path) -> None:
         (CONFIG, TRAINING, {"rank": 0}, "rank=0 was asked for"),
         (CONFIG, TRAINING, {"predictor": None}, 'scorer="predictor" was asked for without a predictor'),
         (CONFIG, replace(TRAINING, label_dropout=0.1), {}, "without null conditions"),
-        (CONFIG, replace(TRAINING, guidance=2.0), {}, "refinement trains on single rows"),
+        (CONFIG, GUIDED, {}, "guidance=2.5 was asked for without null conditions"),
         (replace(CONFIG, schedule=Schedule(1)), TRAINING, {}, "has no P-step among 6 steps"),
     ],
 )

@@ -21,7 +21,7 @@ def compare(kind: str, config: CacheConfig, predictor: CachePredictor | None = N
     """The whole run of the transformed model and the plain one, from noise on which no selection hangs on rounding."""
     model = model or build(kind)
     kept = int((1 - config.ratio) * TOKENS + 0.5)
-    profiles = config.keep or ((kept,) * (LAYERS - (LAST_K if config.last_k is None else config.last_k)),)
+    profiles = config.keep or ((kept,) * (LAYERS - config.last_k),)
     seed, expected = safe_run(model, kind, config, profiles, predictor, STEPS)
     dispatcher = tokencache_compile.transform(model, config=config, predictor=predictor, backend="eager")
     reports: list[StepReport] = []

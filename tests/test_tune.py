@@ -76,7 +76,7 @@ def test_space_holds_what_the_search_is_about() -> None:
     assert space[0] == base and len(set(space)) == len(space)
     assert {config.ratio for config in space} == {1.0, 0.9, 0.7}
     assert {config.forecast for config in space} == {0, 1, 2}
-    assert {config.last_k for config in space} == {0, None}
+    assert {config.last_k for config in space} == {0, 2}
     assert {config.context for config in space if config.ratio < 1.0} == {"reuse", "full"}
     assert {config.schedule.every for config in space} >= {2, 3, 4, 5}
 

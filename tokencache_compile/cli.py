@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from tokencache_compile.clean_errors import clean_errors
+from tokencache_compile.engine import Backend
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.export import commands as export_commands
 from tokencache_compile.learn import commands
 from tokencache_compile.plan import CacheConfig, Context, History, Scorer, Selection
 from tokencache_compile.schedule import Schedule
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cache the tokens of diffusion transformers between sampling steps.")
 
-Backend = Literal["inductor", "eager"]
 _DEFAULTS = CacheConfig()
 
 
@@ -81,9 +82,7 @@ def _schedule(every: int, full: str | None) -> Schedule:
 def explain(
     model_or_config: Annotated[str, typer.Argument(help="A diffusers folder, a config.json, or a hub id. No weights are loaded.")],
     ratio: Annotated[float, typer.Option(help="Share of the cached blocks' tokens that a P-step does not recompute.")] = _DEFAULTS.ratio,
-    last_k: Annotated[
-        int | None, typer.Option(help="The last K blocks run in full on every step; a seventh of the blocks and at most 4 if left out.")
-    ] = _DEFAULTS.last_k,
+    last_k: Annotated[int, typer.Option(help="The last K blocks run in full on every step.")] = _DEFAULTS.last_k,
     context: Annotated[Context, typer.Option(help="What a kept token attends to.")] = _DEFAULTS.context,
     forecast: Annotated[int, typer.Option(help="Order of the extrapolation of what is not recomputed: 0 holds it.")] = _DEFAULTS.forecast,
     history: Annotated[History, typer.Option(help="Which of a token's updates are held: those of I-steps, or all.")] = _DEFAULTS.history,
@@ -111,5 +110,5 @@ def explain(
         explain_model(model_or_config, config, Console(), steps, batch)
 
 
-for _command in (commands.train, commands.calibrate, commands.tune, commands.plot):
+for _command in (commands.train, commands.calibrate, commands.tune, commands.plot, export_commands.export, export_commands.bench):
     app.command()(_command)

@@ -27,8 +27,7 @@ class CacheConfig:
     Attributes:
         ratio: share r of the cached blocks' tokens that a P-step does *not* recompute, in [0, 1]. 0 turns caching off;
             1 recomputes nothing.
-        last_k: the last K blocks run in full on every step (the paper's K). None: the paper's 4 of 28, that is a seventh of
-            the blocks and at most 4.
+        last_k: the last K blocks run in full on every step: the paper's K, there 4 of 28 or 2. 0 measures best at equal MACs.
         context: what a kept token attends to (SPEC section 4): ``kept`` tokens only, keys and values ``cached`` at
             their last computation, recomputed in ``full``, or the attention output reused whole (``reuse``).
         forecast: order of the extrapolation of what is not recomputed: 0 holds the last update (the paper), 1 and 2
@@ -45,7 +44,7 @@ class CacheConfig:
     """
 
     ratio: float = 0.9
-    last_k: int | None = None
+    last_k: int = 0
     context: Context = "reuse"
     forecast: int = 2
     history: History = "full_steps"
@@ -60,7 +59,7 @@ class CacheConfig:
             raise ConfigError(
                 f"ratio={self.ratio!r} was asked for; the cache ratio is a number in [0, 1] (0.9 recomputes a tenth of the tokens)."
             )
-        if self.last_k is not None and (isinstance(self.last_k, bool) or not isinstance(self.last_k, int) or self.last_k < 0):
+        if not is_ints((self.last_k,)) or self.last_k < 0:
             raise ConfigError(f"last_k={self.last_k!r} was asked for; it is the number of last blocks never cached, 0 or more.")
         if not is_ints((self.forecast,)) or self.forecast not in (0, 1, 2):
             raise ConfigError(f"forecast={self.forecast!r} was asked for; the order of the forecast is 0 (hold), 1 or 2.")
@@ -128,17 +127,6 @@ def _counts(profile: tuple[int, ...]) -> str:
     return ", ".join(f"{kept} in {length} block{'s' if length > 1 else ''}" for kept, length in runs)
 
 
-def _last_k(config: CacheConfig, num_blocks: int) -> int:
-    if config.last_k is None:
-        return min(4, round(num_blocks / 7))
-    if config.last_k >= num_blocks:
-        raise ConfigError(
-            f"last_k={config.last_k} was asked for and the model has {num_blocks} blocks, so none is left to cache. "
-            f"Pass last_k={num_blocks - 1} or less, or leave it out."
-        )
-    return config.last_k
-
-
 def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: bool, batch: int) -> CachePlan:
     """Fix the keep counts for a model of ``num_blocks`` blocks and ``tokens`` tokens.
 
@@ -147,8 +135,12 @@ def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: 
     Raises:
         ConfigError: no block is left to cache, or ``keep`` does not fit the model.
     """
-    last_k = _last_k(config, num_blocks)
-    cached = num_blocks - last_k
+    cached = num_blocks - config.last_k
+    if cached <= 0:
+        raise ConfigError(
+            f"last_k={config.last_k} was asked for and the model has {num_blocks} blocks, so none is left to cache. "
+            f"Pass last_k={num_blocks - 1} or less, or leave it out."
+        )
     profiles = config.keep
     if profiles is None:
         # Equal counts, rounded once: one body for all blocks, where largest remainders would make two.
@@ -162,4 +154,4 @@ def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: 
         raise ConfigError(f'selection="pair" was asked for; a batch of {batch} has no two halves. Use selection="sample" or "batch".')
     if must_share and config.selection != "batch":
         config = replace(config, selection="batch")
-    return CachePlan(config, tokens, num_blocks, last_k, profiles)
+    return CachePlan(config, tokens, num_blocks, config.last_k, profiles)

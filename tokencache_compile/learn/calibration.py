@@ -190,7 +190,7 @@ def calibrate(
     batches: Batches,
     steps: int,
     ratio: float = 0.9,
-    last_k: int | None = None,
+    last_k: int = 0,
     examples: int = 4,
     on_step: OnIndex | None = None,
 ) -> Calibration:
@@ -219,7 +219,7 @@ def calibrate(
         raise ConfigError(f"steps={steps!r} and examples={examples!r} were asked for; at least 1 step and 0 examples are needed.")
     config = CacheConfig(ratio=ratio, last_k=last_k)
     stacks = _Stacks(model, predictor)
-    alpha_sum, share_sum, samples, done, k = torch.zeros(()), torch.zeros(()), 0, 0, 0
+    alpha_sum, share_sum, samples, done = torch.zeros(()), torch.zeros(()), 0, 0
     maps: list[Tensor] = []
     finals: list[Tensor] = []
     for noise, conditions in batches:
@@ -234,10 +234,10 @@ def calibrate(
                 kwargs = call.kwargs(scheduler.scale_model_input(images, timestep), timestep)
                 stack = stacks.of(kwargs)
                 stream = stack.program.known_stream
-                k = resolve_plan(config, stack.num_blocks, stream.tokens, False, stream.batch).last_k
+                resolve_plan(config, stack.num_blocks, stream.tokens, False, stream.batch)  # refuses a last_k that leaves no block
                 output, alpha = full_pass(stack, predictor, kwargs)
                 alphas.append(alpha.double().mean((0, 2)).cpu())
-                shares.append(marked_share(alpha[:, : stack.num_blocks - k], ratio))
+                shares.append(marked_share(alpha[:, : stack.num_blocks - last_k], ratio))
                 seen.append(alpha[:wanted].half().cpu())
                 images = scheduler.step(call.guided(output, images), timestep, images).prev_sample
                 if on_step is not None:
@@ -251,7 +251,7 @@ def calibrate(
     if not samples:
         raise ConfigError("a calibration without batches was asked for; give one or more pairs of noise and conditions.")
     mean_alpha, mean_share = alpha_sum / samples, share_sum / samples
-    return Calibration(len(mean_alpha), samples, float(ratio), k, mean_alpha, mean_share, torch.cat(maps), torch.cat(finals))
+    return Calibration(len(mean_alpha), samples, float(ratio), last_k, mean_alpha, mean_share, torch.cat(maps), torch.cat(finals))
 
 
 def to_config(
@@ -268,7 +268,7 @@ def to_config(
         ConfigError: ``base`` asks for another ratio or ``last_k`` than was calibrated, the schedule leaves no P-step, or as in
             :func:`group_profiles`.
     """
-    if base.ratio != calibration.ratio or base.last_k not in (None, calibration.last_k):
+    if base.ratio != calibration.ratio or base.last_k != calibration.last_k:
         raise ConfigError(
             f"ratio={base.ratio} and last_k={base.last_k} were asked for, and the calibration was made for ratio={calibration.ratio} and "
             f"last_k={calibration.last_k}; ask for those, or calibrate again."
@@ -277,4 +277,4 @@ def to_config(
     if not p_steps:
         raise ConfigError(f"schedule {schedule} was asked for; all its {calibration.steps} steps run in full, so there is nothing to keep.")
     profiles, group_of_step = calibration.keep(tokens, groups, multiple, p_steps)
-    return replace(base, last_k=calibration.last_k, scorer="predictor", schedule=schedule, keep=profiles, groups=group_of_step)
+    return replace(base, scorer="predictor", schedule=schedule, keep=profiles, groups=group_of_step)

@@ -48,7 +48,7 @@ def train(
     ema_decay: Annotated[float | None, typer.Option(help="Decay of the weight average; none if left out.")] = None,
     mixed_precision: Annotated[str, typer.Option(help="accelerate's: no, bf16 or fp16.")] = "no",
     ratio: Annotated[float, typer.Option(help="Share of the cached blocks' tokens that a P-step does not recompute.")] = _DEFAULTS.ratio,
-    last_k: Annotated[int | None, typer.Option(help="The last K blocks run in full on every step.")] = _DEFAULTS.last_k,
+    last_k: Annotated[int, typer.Option(help="The last K blocks run in full on every step.")] = _DEFAULTS.last_k,
     context: Annotated[Context, typer.Option(help="What a kept token attends to.")] = _DEFAULTS.context,
     forecast: Annotated[int, typer.Option(help="Order of the forecast of what is not recomputed.")] = _DEFAULTS.forecast,
     every: Annotated[int, typer.Option(help="An I-step every so many steps.")] = _DEFAULTS.schedule.every,

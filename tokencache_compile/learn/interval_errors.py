@@ -42,7 +42,7 @@ def interval_errors(
     noise: Tensor,
     conditions: Conditions,
     steps: int,
-    last_k: int | None,
+    last_k: int,
     forecast: int,
     max_gap: int,
     on_step: OnIndex | None = None,

@@ -3,7 +3,7 @@
     I-steps                 the original model                              fill the caches
     P-steps before          cached blocks, top-k of the scores ─▶ last K blocks with LoRA
     the P-step itself       the same, with gradient from the last K blocks on
-    loss                    mean (x̂^L − x^L)², x^L of the original model run in full
+    loss                    mean (x̂^L − x^L)², x^L of the original model run in full; with guidance of the guided outputs
 
 It learns on the step graphs that inference runs, selections and caches included. Only P-steps are learned from, as in the
 paper; a deployed adapter also acts on I-steps, whose last K blocks are the same modules.
@@ -49,6 +49,7 @@ from tokencache_compile.passes.analysis import SDPA, placeholders
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
+from tokencache_compile.sampling import guided
 from tokencache_compile.schedule import is_ints
 
 ADAPTER = "lora"  # the adapter's folder in that of the run
@@ -147,17 +148,29 @@ def added_lora(model: nn.Module, targets: Sequence[str], rank: int = 16, alpha: 
 # -- the hard path --------------------------------------------------------------------------------------------------------
 
 
-def stream_graph(step: StepProgram, program: BlockProgram) -> GraphModule:
-    """``step`` as far as its last block, which must not be cached: the same inputs, x^L [B, N, C] as the only output."""
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    graph.graph_copy(step.module.graph, copies)
-    last = copies[list(step.module.graph.find_nodes(op="call_module"))[-1]]
-    graph.output(graph.call_function(operator.getitem, (last, program.body_of(program.blocks[-1]).known_roles.stream_output)))
-    module = GraphModule(step.module, graph)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
+class Judged:
+    """What the error of a step is taken on: a function of the inputs of ``step``, whose last block must not be cached.
+
+    Args:
+        guidance: 1 gives the stream after the last block, x^L [B, N, C]. Else rows are guidance pairs, and it is the guided output
+            [B, C, …], a learned variance left aside: errors that both halves share cancel in it, others are multiplied.
+    """
+
+    def __init__(self, step: StepProgram, program: BlockProgram, guidance: float) -> None:
+        self.guidance = guidance
+        graph = Graph()
+        copies: dict[Node, Node] = {}
+        outputs: Any = graph.graph_copy(step.module.graph, copies)
+        last = copies[list(step.module.graph.find_nodes(op="call_module"))[-1]]
+        stream = graph.call_function(operator.getitem, (last, program.body_of(program.blocks[-1]).known_roles.stream_output))
+        graph.output(stream if guidance == 1.0 else outputs[0])
+        self.module = GraphModule(step.module, graph)
+        self.module.graph.eliminate_dead_code()
+        self.module.recompile()
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+        result: Tensor = self.module(*inputs)
+        return result if self.guidance == 1.0 else guided(result[:, : inputs[0].shape[1]], self.guidance)
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ class HardStep:
     Attributes:
         profile: which of the plan's P-graphs serves it.
         inputs: that graph's inputs: the model's, the step, random scores if any, the caches.
-        target: the original model's stream after the last block, [B, N, C].
+        target: what the original model gives, see :class:`Judged`.
         without_lora: the loss of the same P-step without LoRA, a scalar.
     """
 
@@ -186,13 +199,14 @@ class HardWindow:
         model: whose calls are made, with or without its LoRA layers.
         original, adapted: the step programs of the model without and with LoRA, of one plan.
         scheduler: the deployment's solver, its timesteps set.
+        guidance: of the deployment; other than 1, calls have the conditional rows and then the null ones.
     """
 
-    def __init__(self, model: nn.Module, original: StepPrograms, adapted: StepPrograms, scheduler: Any) -> None:
+    def __init__(self, model: nn.Module, original: StepPrograms, adapted: StepPrograms, scheduler: Any, guidance: float = 1.0) -> None:
         self.model, self.original, self.adapted, self.scheduler = model, original, adapted, scheduler
-        self.config = original.plan.config
-        self._full = stream_graph(original.full, original.program)
-        self._cached = [stream_graph(cached, original.program) for cached in original.cached]
+        self.config, self.guidance = original.plan.config, guidance
+        self._full = Judged(original.full, original.program, guidance)
+        self._cached = [Judged(cached, original.program, guidance) for cached in original.cached]
 
     @torch.no_grad()
     def run(self, clean: Tensor, noise: Tensor, step: int, make_call: MakeCall, generators: list[torch.Generator]) -> HardStep:
@@ -215,25 +229,24 @@ class HardWindow:
             return results[0]
 
         start = history_of(depends_on, step)[-1]
-        call = solve(self.scheduler, clean, noise, range(start, step), make_call, predict, generators)
+        call = solve(self.scheduler, clean, noise, range(start, step), make_call, predict, generators, self.guidance)
         given, profile = inputs(step, call), plan.profile_of(step)
-        target: Tensor = self._full(*given)
-        return HardStep(profile, given, target, mean_square(self._cached[profile](*given) - target))
+        target = self._full(given)
+        return HardStep(profile, given, target, mean_square(self._cached[profile](given) - target))
 
 
 class HardPass(nn.Module):
     """The trainable module: the adapter's ``weights``, and a forward that gives the cache loss of a P-step of ``adapted``."""
 
-    def __init__(self, weights: Sequence[nn.Parameter], adapted: StepPrograms) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], adapted: StepPrograms, guidance: float = 1.0) -> None:
         super().__init__()
         self.weights = nn.ParameterList(weights)
         # In a tuple they are no submodules: the base model is no part of what is trained, saved or sent to other processes.
-        self._graphs = tuple(stream_graph(step, adapted.program) for step in adapted.cached)
+        self._judged = tuple(Judged(step, adapted.program, guidance) for step in adapted.cached)
 
     def forward(self, step: HardStep) -> Tensor:
-        """Mean (x̂^L − x^L)² over batch, tokens and channels; gradients reach the adapter through the last K blocks alone."""
-        stream: Tensor = self._graphs[step.profile](*step.inputs)
-        return mean_square(stream - step.target)
+        """Mean squared error of what is judged; gradients reach the adapter through the last K blocks alone."""
+        return mean_square(self._judged[step.profile](step.inputs) - step.target)
 
 
 # -- the run --------------------------------------------------------------------------------------------------------------
@@ -258,10 +271,11 @@ def refine(
         predictor: scores the tokens, frozen; None for a training-free scorer.
         data: real samples and their conditions.
         scheduler: the deployment's diffusers scheduler.
-        config: the deployment. With a predictor its scorer is ``predictor``; ``selection="pair"`` is taken as ``sample``,
-            because the rows of a training batch are no guidance pairs.
-        training: hyper-parameters; SPEC section 3 has ``lr=1e-4`` here. There is no cost term; with ``cost_weight=None`` each
-            step's loss is taken as a share of what it is without LoRA, as in phase 1, so that every step counts alike.
+        config: the deployment. With a predictor its scorer is ``predictor``; without guidance ``selection="pair"`` is taken as
+            ``sample``, because the rows of a training batch are no guidance pairs then.
+        training: hyper-parameters; SPEC section 3 has ``lr=1e-4`` here. With ``guidance`` other than 1 it learns on guidance pairs from
+            the guided output's error, as phase 1 does. There is no cost term; with ``cost_weight=None`` each step's loss is taken as a
+            share of what it is without LoRA, so that every step counts alike.
         out: folder of the run: checkpoint (found there, the run resumes), ``log.jsonl`` and at the end the adapter.
         rank: of the LoRA updates.
         null: the "unconditional" conditions of label dropout, one row without batch axis each.
@@ -271,8 +285,8 @@ def refine(
         The adapter's folder, as peft's own ``save_pretrained`` writes it.
 
     Raises:
-        ConfigError: last_k or the ratio is 0, guidance is not 1, the rank is no positive integer, the scorer needs a predictor,
-            the model carries an adapter, peft is missing; and as for ``train_predictor``.
+        ConfigError: last_k or the ratio is 0, the rank is no positive integer, the scorer needs a predictor, the model carries an
+            adapter, peft is missing; and as for ``train_predictor``.
         InputError: as for ``train_predictor``.
     """
     from accelerate import Accelerator
@@ -284,9 +298,7 @@ def refine(
         raise ConfigError('scorer="predictor" was asked for without a predictor; pass the one that train_predictor returned.')
     if config.ratio == 0:
         raise ConfigError("ratio=0 was asked for, which caches nothing; there is no error for LoRA to correct.")
-    if training.guidance != 1.0:
-        raise ConfigError(f"guidance={training.guidance} was asked for; refinement trains on single rows. Set guidance=1.")
-    if config.selection == "pair":
+    if config.selection == "pair" and training.guidance == 1.0:
         config = replace(config, selection="sample")
     accelerator = accelerator or Accelerator(mixed_precision=training.mixed_precision, cpu=not torch.cuda.is_available())
     p_steps = check_run(model, config, training, null, accelerator)
@@ -302,8 +314,8 @@ def refine(
     with added_lora(model, targets, rank, seed=training.seed) as adapter:
         with accelerator.autocast():
             adapted = build_steps(model, call, config, predictor)
-        window = HardWindow(model, original, adapted, feed.scheduler)
-        hard = HardPass([p for p in model.parameters() if p.requires_grad], adapted)
+        window = HardWindow(model, original, adapted, feed.scheduler, training.guidance)
+        hard = HardPass([p for p in model.parameters() if p.requires_grad], adapted, training.guidance)
         _train(hard, window, feed, config, training, out, accelerator, rank=rank, predictor=_digest(predictor))
         if accelerator.is_main_process:
             adapter.save_pretrained(out / ADAPTER, safe_serialization=True, save_embedding_layers=False)

@@ -81,7 +81,7 @@ def pareto_front(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     return tuple(front)
 
 
-def search_space(base: CacheConfig, last_ks: Sequence[int | None] = (0, None)) -> list[CacheConfig]:
+def search_space(base: CacheConfig, last_ks: Sequence[int] = (0, 2)) -> list[CacheConfig]:
     """Ratio (1.0 included: nothing recomputed), K, forecast order, context and spacing of the I-steps around ``base``.
 
     In order of promise, so that a small budget sees the best first: what recomputes nothing costs least and has no context.

@@ -8,7 +8,6 @@ the least number of steps whose MACs are at least the row's. Rows are appended a
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import platform
@@ -26,19 +25,21 @@ from tokencache_compile.metrics import psnr
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.sampling import Conditions, sample
 
-BASE = dict(ratio=0.9, last_k=None, context="reuse", forecast=2, history="full_steps", scorer="random", every=4)
+BASE = dict(ratio=0.9, last_k=0, context="reuse", forecast=2, history="full_steps", scorer="random", every=4)
 
 
 def grid() -> list[dict[str, Any]]:
     """The settings measured: fields of CacheConfig (``every`` stands for the schedule), varied around the defaults."""
-    contexts, orders, histories = ("kept", "cached", "full", "reuse"), (0, 1, 2), ("full_steps", "computed")
-    rows = [BASE | dict(context=c, forecast=f, history=h) for c, f, h in itertools.product(contexts, orders, histories)]
-    rows += [BASE | dict(scorer=s, context=c) for s, c in itertools.product(("norm", "change"), ("cached", "full", "reuse"))]
-    rows += [BASE | dict(last_k=k) for k in (0, 4)]
-    rows += [BASE | dict(every=every) for every in (2, 3, 5)]
-    rows += [BASE | dict(ratio=ratio) for ratio in (0.5, 0.7, 1.0)]
-    rows += [BASE | dict(ratio=1.0, last_k=0, every=every) for every in (2, 3, 4)]
-    return rows
+    changes: list[dict[str, Any]] = [{}]
+    changes += [dict(last_k=k) for k in (2, 4)]
+    changes += [dict(context=c) for c in ("kept", "cached", "full")]
+    changes += [dict(forecast=order) for order in (0, 1)]
+    changes += [dict(history="computed"), dict(context="kept", forecast=0, history="computed")]
+    changes += [dict(scorer=scorer) for scorer in ("norm", "change")]
+    changes += [dict(every=every) for every in (2, 3, 5)]
+    changes += [dict(ratio=ratio) for ratio in (0.5, 0.7, 1.0)]
+    changes += [dict(ratio=1.0, every=every) for every in (2, 3)]
+    return [BASE | change for change in changes]
 
 
 def main(
@@ -57,7 +58,7 @@ def main(
     result["settings"] = dict(
         samples=samples, steps=steps, guidance=guidance, seed=1234, torch=torch.__version__, machine=platform.processor()
     )
-    
+
     def run(transformer: Any, count: int) -> torch.Tensor:
         return sample(transformer, scheduler, noise, count, Conditions.of_labels(labels, NULL_LABEL, guidance)).clamp(-1, 1)
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -15,12 +16,9 @@ from typing import Annotated, Any
 import typer
 from choose_defaults import BASE
 
-PAPER_ORDER = (
-    "Of the paper's orderings, these hold here: the learned predictor before the other selectors, more recomputed tokens closer (in pred_x0), a larger K closer. "
-    "These do not: Eq. 13 before uniform (on these scores it loses by far, see docs/learning.md; measured interval errors do a little better than uniform, "
-    "and one more I-step that makes the spacing regular much better than all), and K paying for its MACs."
-)
 ROOT = Path(__file__).resolve().parent.parent
+TABLES, FRECHET = "benchmarks/results/learned_tables.json", "benchmarks/results/frechet.json"
+EQUAL_COST = "benchmarks/results/equal_cost.json"
 BEGIN, END = "<!-- results: benchmarks/readme_tables.py -->", "<!-- end of results -->"
 
 
@@ -58,26 +56,113 @@ def settings() -> str:
     return table(["setting", "MACs, in full steps of 50", "PSNR (dB)", "margin over fewer steps of the same MACs (dB)"], rows)
 
 
-def selectors() -> str:
-    """Who chooses the tokens, everything else equal (the paper's Table VI)."""
-    prefix = "VI selector: "
+def learned_rows(prefix: str, by: str = "full_step_equivalents") -> str:
+    """The rows of one of the tables in the shape of the paper's VI to IX, sorted by a field."""
+    distances = frechet_rows()
+    found = {name.removeprefix(prefix): row for name, row in read(TABLES)["rows"].items() if name.startswith(prefix)}
     rows = []
-    for name, row in sorted(read("benchmarks/results/learned_tables.json")["rows"].items(), key=lambda item: item[1].get("mse", 0.0)):
-        if name.startswith(prefix):
-            figures = [f"{row['mse']:.3e}", f"{row['psnr_db']:.2f}", f"{row['pred_x0_mae']:.4f}", f"{row['accuracy']:.1%}"]
-            rows.append([name.removeprefix(prefix), *figures])
-    return table(["selector", "MSE of the images", "PSNR (dB)", "mean abs. deviation of pred_x0", "classified right"], rows)
+    for name, row in sorted(found.items(), key=lambda item: item[1][by]):
+        deviation = f"{row['pred_x0_mae']:.4f}" if "pred_x0_mae" in row else "–"
+        distance = [f"{distances[prefix + name]['frechet']:.2f}" if prefix + name in distances else "–"] if distances else []
+        figures = [f"{row['mse']:.3e}", f"{row['psnr_db']:.2f}", deviation, f"{row['accuracy']:.1%}", *distance]
+        rows.append([name, f"{row['full_step_equivalents']:.1f}", *figures])
+    head = ["setting", "MACs, in full steps of 50", "MSE", "PSNR (dB)", "deviation of pred_x0", "classified right"]
+    return table([*head, "Fréchet"] if distances else head, rows)
 
 
-def learned_rows(prefix: str) -> str:
-    """The rows of one of the tables in the shape of the paper's VII to IX."""
+def frechet_rows() -> dict[str, Any]:
+    """The rows that were measured on 2,000 samples too; none where that run was not made."""
+    rows: dict[str, Any] = read(FRECHET)["rows"] if (ROOT / FRECHET).exists() else {}
+    return rows
+
+
+def frechet_note() -> str:
+    """What the Fréchet column is, with its floor."""
+    if not frechet_rows():
+        return ""
+    result = read(FRECHET)
+    return (
+        f"Fréchet is the distance to real images (`benchmarks/frechet.py`, no FID) at {result['settings']['samples']:,} samples of the same settings: "
+        f"**{result['floor']['frechet']:.2f}** for as many held-out real images (the floor), {result['rows']['uncached']['frechet']:.2f} for the "
+        "uncached model; – was not measured."
+    )
+
+
+def orderings() -> str:
+    """Which of the paper's orderings the tables show, and which they do not."""
+    rows = read(TABLES)["rows"]
+
+    def field(start: str, name: str = "mse") -> dict[str, float]:
+        return {key.removeprefix(start): row[name] for key, row in rows.items() if key.startswith(start)}
+
+    def falls(values: list[float]) -> bool:
+        return all(later < earlier for earlier, later in itertools.pairwise(values))
+
+    selector, schedule = field("VI selector: "), field("VIII schedule: ")
+    selector_x0 = field("VI selector: ", "pred_x0_mae")
+    ratios = ("0.9", "0.8", "0.7", "0.6", "0.5")
+    by_ratio, by_ratio_x0 = ([rows[f"VII ratio {r}: predictor"][name] for r in ratios] for name in ("mse", "pred_x0_mae"))
+    by_k, by_k_x0 = ([rows[f"IX K = {k}"][name] for k in range(5)] for name in ("mse", "pred_x0_mae"))
+    mass = [value for name, value in schedule.items() if name.startswith("Eq. 13")]
+    refined = [k for k in range(1, 5) if f"IX K = {k}, LoRA" in rows]
+    trained_for = f"trained for K = {', '.join(map(str, refined))}"
+    most_k, half = rows["IX K = 4"], rows["VII ratio 0.5: predictor"]
+    random = sorted((rows[f"VII ratio {r}: random"]["full_step_equivalents"], rows[f"VII ratio {r}: random"]["psnr_db"]) for r in ratios)
+
+    def pays(ratio: str) -> bool:
+        """Whether the predictor's row is above the line through random rows of lower and higher MACs."""
+        cost, psnr = (rows[f"VII ratio {ratio}: predictor"][name] for name in ("full_step_equivalents", "psnr_db"))
+        (low, first), (high, second) = next(pair for pair in itertools.pairwise(random) if pair[0][0] <= cost <= pair[1][0])
+        return bool(psnr > first + (second - first) * (cost - low) / (high - low))
+
+    inside = [r for r in ratios if random[0][0] <= rows[f"VII ratio {r}: predictor"]["full_step_equivalents"] <= random[-1][0]]
+    paying = [r for r in inside if pays(r)]
+    claims = {
+        "the learned predictor before every other selector": min(selector, key=selector.__getitem__) == "predictor" == min(selector_x0, key=selector_x0.__getitem__),
+        f"the predictor before random at equal MACs, its own counted (it is at {len(paying)} of the {len(inside)} ratios that compare)": paying == inside,
+        "more recomputed tokens always closer in pred_x0": falls(by_ratio_x0),
+        "more recomputed tokens always closer in the images": falls(by_ratio),
+        "a larger K closer": falls(by_k) and falls(by_k_x0),
+        "K worth its MACs (K = 4 closer than ratio 0.5, which costs less)": most_k["mse"] < half["mse"],
+        "Eq. 13 before uniform": min(mass) < schedule["uniform"],
+        "the optimal schedule before uniform": schedule["optimal (interval errors)"] < schedule["uniform"],
+        f"LoRA in every step closer than without it ({trained_for})": all(rows[f"IX K = {k}, LoRA"]["mse"] < rows[f"IX K = {k}"]["mse"] for k in refined),
+        f"LoRA in P-steps only, which it was trained for, closer than without it ({trained_for})": all(
+            rows[f"IX K = {k}, LoRA in P-steps only"]["mse"] < rows[f"IX K = {k}"]["mse"] for k in refined
+        ),
+    }
+    holds, fails = ([text for text, held in claims.items() if held is wanted] for wanted in (True, False))
+    return f"Of what the paper orders, these hold here: {'; '.join(holds)}. These do not: {'; '.join(fails)}."
+
+
+def contexts() -> str:
+    """Contexts and forecasts at equal MACs, guided and not, and where it was measured at equal latency."""
+    result = read(EQUAL_COST)
     rows = []
-    for name, row in read("benchmarks/results/learned_tables.json")["rows"].items():
-        if name.startswith(prefix):
-            deviation = f"{row['pred_x0_mae']:.4f}" if "pred_x0_mae" in row else "–"
-            figures = [f"{row['full_step_equivalents']:.1f}", f"{row['mse']:.2e}", f"{row['psnr_db']:.2f}", deviation, f"{row['accuracy']:.1%}"]
-            rows.append([name.removeprefix(prefix), *figures])
-    return table(["setting", "MACs, in full steps of 50", "MSE", "PSNR (dB)", "deviation of pred_x0", "classified right"], rows)
+    for context, forecast in itertools.product(("reuse", "full", "cached", "kept"), (2, 1, 0)):
+        guided, plain = (result["rows"][f"guidance {guidance}: {context}, forecast {forecast}"] for guidance in ("2.5", "1"))
+        clock = result["latency"].get(f"{context}, forecast {forecast}")
+        timed = [f"{clock['latency_ratio']:.3f}", f"{clock['margin_db']:+.1f}"] if clock else ["–", "–"]
+        figures = [f"{guided['full_step_equivalents'] / 50:.3f}", f"{guided['psnr_db']:.1f}", f"{guided['margin_db']:+.1f}", *timed]
+        rows.append([context, str(forecast), *figures, f"{plain['psnr_db']:.1f}", f"{plain['margin_db']:+.1f}"])
+    bare = result["latency"].get("nothing recomputed, forecast 2")
+    if bare:
+        macs = bare["full_step_equivalents"] / 50
+        psnr, free = f"{bare['psnr_db']:.1f}", result["rows"]["50 steps: ratio 1, every 4"]["margin_db"]
+        rows.append(["nothing recomputed", "2", f"{macs:.3f}", psnr, f"{free:+.1f}", f"{bare['latency_ratio']:.3f}", f"{bare['margin_db']:+.1f}", "–", "–"])
+    head = ["context", "forecast", "MACs", "PSNR, guided (dB)", "margin at equal MACs", "latency", "margin at equal latency", "PSNR, unguided", "margin at equal MACs"]
+    return table(head, rows)
+
+
+def spending() -> str:
+    """What MACs buy: recomputed tokens or more I-steps, for three step counts."""
+    measured = read(EQUAL_COST)["rows"]
+    rows = []
+    for steps, ratio in itertools.product((20, 50, 100), ("1", "0.9", "0.7", "0.5")):
+        found = [measured[f"{steps} steps: ratio {ratio}, every {every}"] for every in (4, 3, 2)]
+        cells = [f"{row['full_step_equivalents'] / steps:.2f}: {row['psnr_db']:.1f} ({row['margin_db']:+.1f})" for row in found]
+        rows.append([str(steps), ratio, *cells])
+    return table(["steps", "ratio", "I-step every 4th", "every 3rd", "every 2nd"], rows)
 
 
 def latency() -> str:
@@ -98,32 +183,44 @@ def section() -> str:
     shown = read("docs/demo.json")
     transform = steps["transform"]["default"]
     tuned, clock = (read(f"benchmarks/results/{name}.json") for name in ("tune_reference", "tune_reference_clock"))
-    learned = read("benchmarks/results/learned_tables.json")["settings"]
+    learned, equal = read(TABLES)["settings"], read(EQUAL_COST)
     return f"""**The demo** (reference DiT, 50 guided DDIM steps, ratio 0.9, the shipped predictor and plan, compiled, {shown["machine"]["threads"]} CPU threads, torch \
 {steps["torch"]}, load average {shown["machine"]["load_average"]}; latency of whole runs in turn). At equal MACs the cached run is **{shown["margin_db"]:+.1f} dB** ahead of the run with fewer steps.
 
 {demo()}
 
 **Settings**, on {grid["settings"]["samples"]} other noises; every row keeps the defaults but for what it names. Forecasting decides: holding updates (the paper) loses to fewer
-steps at this scale, attention among kept tokens alone most of all, and extrapolating from P-step values amplifies their error. Recomputing more tokens
-brings the images closer (ratio 1.0, 0.9, 0.7, 0.5: each step ahead of the last), but at this scale more I-steps buy more for the same MACs, and K buys nothing.
+steps at this scale, attention among kept tokens alone most of all, and extrapolating from P-step values amplifies their error. More I-steps buy more than
+recomputed tokens for the same MACs, and K buys next to nothing.
 
 {settings()}
 
 **Who chooses the tokens?** {learned["samples"]} fixed noises, guidance {learned["guidance"]}, {learned["full_steps"]} I-steps of {learned["steps"]}, ratio 0.9, equal keep counts and one selection a \
 guidance pair for all, MACs of the predictor left out. The learned predictor is closest by both measures; it was trained on guidance pairs and the guided \
-output's error.
+output's error. {frechet_note()}
 
-{selectors()}
+{learned_rows("VI selector: ", by="mse")}
 
 **Ratio, schedule and K** (the paper's Tables VII, VIII, IX), same noises, the trained predictor unless named, K = 0 and 12 I-steps spread evenly but for what the row names; the predictor's own \
-MACs are counted. {PAPER_ORDER}
+MACs are counted. {orderings()}
 
 {learned_rows("VII ")}
+
+{learned_rows("fewer ")}
 
 {learned_rows("VIII ")}
 
 {learned_rows("IX ")}
+
+**Contexts and forecasts at equal cost**: the trained predictor at ratio 0.9, an I-step every 4th of 50 steps, {equal["settings"]["samples"]} noises. MACs and latency are shares of the uncached run's (latency: whole \
+compiled runs on one thread in turn, in CPU seconds); a margin (dB) is over the best of the plain sampler with no more steps than that pays for.
+
+{contexts()}
+
+**Tokens or I-steps?** What recomputed tokens (ratio, chosen by the predictor) and denser I-steps buy, guided, context `reuse`, forecast 2, for three step counts: share of the MACs, PSNR in dB and in brackets the margin at equal MACs. \
+Nothing recomputed (ratio 1) and denser I-steps buy more nearly everywhere, see docs/learning.md. The model has 64 tokens, so their number was not varied.
+
+{spending()}
 
 **A plan by `tune`**: asked for the fastest plan at least as close as half the steps ({tuned["half_the_steps_psnr_db"]:.1f} dB), guided, it found {tuned["best"]["macs_speedup"]:.2f}× fewer MACs at \
 {tuned["best"]["psnr_db"]:.1f} dB (ratio {tuned["best"]["ratio"]:g}, K = {tuned["best"]["last_k"]}, every {tuned["best"]["every"]}, forecast {tuned["best"]["forecast"]}), and **{clock["best"]["latency_speedup"]:.2f}× on the clock**, both compiled.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencache_compile.engine import Engine
 from tokencache_compile.learn.stack import BlockStack
 from tokencache_compile.passes.pipeline import StepPrograms
 from tokencache_compile.predictor import CachePredictor
@@ -80,12 +81,22 @@ def toca_scores(received: Tensor, age: Tensor, interval: float) -> Tensor:
 
 
 class ScoredRun:
-    """A transformer stand-in for one sampling run, its P-steps' tokens chosen by the selector called ``name``."""
+    """A transformer stand-in for one sampling run, its P-steps' tokens chosen by the selector called ``name``.
+
+    ``engines`` run the steps: the I-step's, then one a P-graph.
+    """
 
     def __init__(
-        self, model: Any, steps: StepPrograms, name: str, predictor: CachePredictor | None = None, stack: BlockStack | None = None
+        self,
+        model: Any,
+        steps: StepPrograms,
+        engines: Sequence[Engine],
+        name: str,
+        predictor: CachePredictor | None = None,
+        stack: BlockStack | None = None,
     ) -> None:
         self.model, self.steps, self.name, self.predictor, self.stack = model, steps, name, predictor, stack
+        self.engines = engines
         self.step, self.caches = 0, steps.initial_caches(torch.device("cpu"))
         self.age: list[Tensor] = []
         self.seen = Observed()
@@ -100,11 +111,10 @@ class ScoredRun:
             self.age = [torch.zeros(len(rows), plan.tokens) for _ in range(plan.num_cached)]
         if not full:
             scores = torch.stack(self._scores(kwargs, len(rows)), dim=1)
-        program = self.steps.full if full else self.steps.cached[plan.profile_of(self.step)]
-        results = program.module(rows, timestep, class_labels, torch.tensor(float(self.step)), scores, *self.caches)
-        self.caches = list(results[1:])
+        engine = self.engines[0 if full else 1 + plan.profile_of(self.step)]
+        outputs, self.caches = engine([rows, timestep, class_labels], [torch.tensor(float(self.step)), scores], self.caches)
         self.step += 1
-        return (results[0],)
+        return (outputs[0],)
 
     def _cache(self, name: str) -> Tensor:
         return self.caches[[spec.name for spec in self.steps.full.caches].index(name)]
@@ -143,4 +153,4 @@ class ScoredRun:
 
         with contextlib.suppress(Enough):
             self.stack.run(kwargs, visit)
-        return list(self.stack.scores(self.predictor, first)[:, : plan.num_cached].unbind(1))
+        return list(self.stack.logits(self.predictor, first)[:, : plan.num_cached].unbind(1))

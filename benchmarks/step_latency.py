@@ -27,7 +27,7 @@ from diffusers import DiTTransformer2DModel
 from rich.progress import track
 
 import tokencache_compile as tc
-from tokencache_compile.engine import make_engine
+from tokencache_compile.bench import Steps, seconds
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 
 DIT_XL_2 = dict(
@@ -35,8 +35,8 @@ DIT_XL_2 = dict(
     num_embeds_ada_norm=1000, activation_fn="gelu-approximate",
 )  # fmt: skip
 CONFIGS = {
-    "default": tc.CacheConfig(ratio=0.9),
-    "kept, hold": tc.CacheConfig(ratio=0.9, context="kept", forecast=0, history="computed"),
+    "default": tc.CacheConfig(ratio=0.9, last_k=4),
+    "kept, hold": tc.CacheConfig(ratio=0.9, last_k=4, context="kept", forecast=0, history="computed"),
 }
 
 
@@ -52,34 +52,6 @@ def random_model(device: str, dtype: torch.dtype) -> DiTTransformer2DModel:
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     return model.to(dtype).eval().requires_grad_(False)
-
-
-def seconds(run: Callable[[], Any], device: str) -> float:
-    """One timed call: wall clock, or CUDA events."""
-    if device == "cpu":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
-class Steps:
-    """The I- and P-step of one configuration as calls on fixed inputs, after one I-step."""
-
-    def __init__(self, steps: StepPrograms, backend: str, inputs: list[torch.Tensor]) -> None:
-        self.steps = steps
-        device = inputs[0].device
-        full, cached = make_engine(backend, steps.full), make_engine(backend, steps.cached[0])
-        random = [torch.rand(steps.random_shape, device=device)] if steps.plan.config.scorer == "random" else []
-        _, caches = full(inputs, [torch.zeros((), device=device), *random], steps.initial_caches(device))
-        extras = [torch.ones((), device=device), *random]
-        self.full = lambda: full(inputs, extras, caches)
-        self.cached = lambda: cached(inputs, extras, caches)
 
 
 def main(
@@ -133,12 +105,12 @@ def main(
         with torch.no_grad():
             for _ in track(range(rounds), backend):
                 for name, run in runs.items():
-                    times[name].append(seconds(run, device))
+                    times[name].append(seconds(run, torch.device(device)))
         medians = {name: statistics.median(values) for name, values in times.items()}
-        macs_full = steps["default"].steps.macs_full
+        macs_full = programs["default"].macs_full
         rows = {"model": dict(seconds=medians["model"]), "I": dict(seconds=medians["I"], gmacs=macs_full / 1e9)}
-        for name, step in steps.items():
-            macs = step.steps.macs_cached[0]
+        for name, program in programs.items():
+            macs = program.macs_cached[0]
             time_ratio = statistics.median(p / i for p, i in zip(times[f"P, {name}"], times["I"], strict=True))
             rows[f"P, {name}"] = dict(
                 seconds=medians[f"P, {name}"], gmacs=macs / 1e9, macs_ratio=macs / macs_full, time_ratio=time_ratio,

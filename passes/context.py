@@ -17,9 +17,10 @@ from typing import Any
 from torch.fx import Graph, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Body
 from tokencache_compile.passes.analysis import placeholders
+from tokencache_compile.passes.groups import attend_by_group
+from tokencache_compile.passes.pair_mask import pair_mask
 from tokencache_compile.plan import Context
 
 
@@ -74,9 +75,14 @@ class BodyCopy:
         return env[outputs[self.body.known_roles.stream_output]]
 
     def run(self) -> Node:
-        """The body on all tokens; returns the stream."""
+        """The body on all tokens, in their own order; returns the stream."""
+        grouped = {a.node: a.groups for a in self.body.known_roles.attentions}
         for node in self._nodes():
-            self._copy(node, self.all_tokens)
+            groups = grouped.get(node.name)
+            if groups is None:
+                self._copy(node, self.all_tokens)
+            else:
+                self.all_tokens[node] = attend_by_group(node, groups, lambda n: Proxy(self.all_tokens[n], self.tracer)).node
         return self._result(self.all_tokens)
 
     def context_values(self, context: Context) -> list[Node]:
@@ -92,7 +98,8 @@ class BodyCopy:
         nodes = {n.name: n for n in self.source.nodes}
         return [(nodes[a.node], nodes[a.output]) for a in self.body.known_roles.attentions]
 
-    def _copy_ancestors(self, targets: Sequence[Node], env: dict[Node, Node]) -> list[Node]:
+    def copy_ancestors(self, targets: Sequence[Node], env: dict[Node, Node]) -> list[Node]:
+        """The copies of ``targets`` in ``env`` (all tokens, or the kept ones), made with what they are made from."""
         needed = set(targets)
         for node in reversed(self.source.nodes):
             if node in needed and node not in env:
@@ -130,7 +137,7 @@ class BodyCopy:
         """The attention of kept queries to every token's keys and values."""
         keys_values = _keys_values(node)
         if context == "full":
-            key, value = self._copy_ancestors(keys_values, self.all_tokens)
+            key, value = self.copy_ancestors(keys_values, self.all_tokens)
         else:
             fresh = []
             for part in keys_values:
@@ -140,11 +147,7 @@ class BodyCopy:
                 fresh.append(tokens_first(cache, rank).node)
             key, value = fresh
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        all_mask = None
-        if isinstance(mask, Node) and mask in self.per_token:
-            if mask.meta["val"].shape[-2] != 1:
-                raise UnsupportedModelError(self.body.name, "its self-attention mask is per pair of tokens", 'Use context="kept".')
-            (all_mask,) = self._copy_ancestors([mask], self.all_tokens)
+        all_mask = pair_mask(self, mask) if isinstance(mask, Node) and mask in self.per_token else None
         new = self.graph.node_copy(node, lambda n: self.kept[n])
         new.args = (new.args[0], key, value, *new.args[3:])
         if isinstance(mask, Node) and all_mask is not None:

@@ -15,6 +15,7 @@ from tokencache_compile.passes.cached_step import make_cached
 from tokencache_compile.passes.capture import capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
+from tokencache_compile.passes.groups import find_groups
 from tokencache_compile.passes.outline import outline
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
 from tokencache_compile.plan import CacheConfig, resolve_plan
@@ -41,6 +42,8 @@ class StepPrograms(StepTable):
 def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
     """Capture → outline → analyse → plan → fold → I-step and P-steps, verified after each.
 
+    A model on the meta device gives the same graphs and MACs; what compares values is left out, as there are none.
+
     Args:
         kwargs: keyword arguments of one call; see :func:`capture`.
 
@@ -50,7 +53,7 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
     captured = capture(model, kwargs)
     program = outline(captured, model)
     verify_blocks(program)
-    program = analyse(program, captured)
+    program = find_groups(analyse(program, captured))
     must_share = any(body.known_roles.needs_shared_index for body in program.bodies)
     stream = program.known_stream
     plan = resolve_plan(config, len(program.blocks), stream.tokens, must_share, stream.batch)
@@ -60,7 +63,8 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
         shapes = {n: tuple(program.tensors[f"{first.fqn}.{n}"].shape) for n in names}
         predictor.check_fits(stream.channels, len(program.blocks), shapes)
     caching = plan.config.ratio > 0
-    if caching and plan.config.context != "kept":
+    has_values = stream.device.type != "meta"
+    if caching and plan.config.context != "kept" and has_values:
         verify_context(program, captured, plan)
     units = fold_skipped(program, plan) if caching else ()
     extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
@@ -69,6 +73,7 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
     random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
     steps = StepPrograms(plan, full.caches, macs_full, tuple(macs_cached), program, units, full, cached, captured.output_spec)
-    initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
-    same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
+    if has_values:
+        initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
+        same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
     return steps

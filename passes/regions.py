@@ -67,8 +67,11 @@ class _RegionGraph:
 
 
 def plain_region(body: Body) -> Region:
-    """The block as it is: ``(*weights, *inputs) -> outputs``."""
-    return Region(body.graph_module)
+    """The block as it is on all tokens: ``(*weights, *inputs) -> outputs``."""
+    if all(attention.groups is None for attention in body.known_roles.attentions):
+        return Region(body.graph_module)
+    region = _RegionGraph(body)
+    return region.finish(body, [region.proxy(BodyCopy(region.graph, body, region.weights, region.inputs).run())])
 
 
 def full_region(body: Body, config: CacheConfig, has_score: bool) -> Region:

@@ -65,11 +65,21 @@ class SideInput:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Equal groups of tokens that an attention's mask keeps apart: how many, and the nodes of the numbers and of the keys' bias."""
+
+    count: int
+    group: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
 class Attention:
     """One self-attention of a body: the call node, and the node of the attention module's output."""
 
     node: str
     output: str
+    groups: Groups | None = None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,10 @@ def plain_region(body: Body) -> Region:
     if all(attention.groups is None for attention in body.known_roles.attentions):
         return Region(body.graph_module)
     region = _RegionGraph(body)
-    return region.finish(body, [region.proxy(BodyCopy(region.graph, body, region.weights, region.inputs).run())])
+    copy = BodyCopy(region.graph, body, region.weights, region.inputs)
+    copy.run()
+    outputs: Any = body.graph_module.graph.output_node().args[0]
+    return region.finish(body, [region.proxy(copy.all_tokens[node]) for node in outputs])
 
 
 def full_region(body: Body, config: CacheConfig, has_score: bool) -> Region:

@@ -106,10 +106,10 @@ def main(
     total, with_norms = (GUIDANCE * steps * macs / 1e12 for macs in (forward, forward + norms))
     print(f"{steps} guided steps, TMACs: {total:.2f}, with the norms {with_norms:.2f}")
     for context in ("kept", "cached", "full", "reuse"):
-        programs = compiled(model, call, ratio=0.9, context=context)
+        programs = compiled(model, call, ratio=0.9, last_k=4, context=context)
         full, cached = programs.macs_full / 1e9, programs.macs_cached[0] / 1e9
         gigabytes = sum(spec.nbytes for spec in programs.full.caches) / 1e9
-        print(f"ratio 0.9, {context:7} I-step {full:.3f} GMACs, P-step {cached:.3f}, caches {gigabytes:.2f} GB")
+        print(f"ratio 0.9, K = 4, {context:7} I-step {full:.3f} GMACs, P-step {cached:.3f}, caches {gigabytes:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 
 from tokencache_compile.calls import bind_call
 from tokencache_compile.errors import BundleError, ConfigError, InputError
-from tokencache_compile.export.manifest import Manifest, read_manifest
+from tokencache_compile.export.manifest import Manifest, engine_file, read_manifest
 from tokencache_compile.export.session import Session, SessionEngine
 from tokencache_compile.plan import CachePlan
 from tokencache_compile.requests import SchedulerWatch
@@ -74,6 +74,7 @@ def load(
     provider: str = "cpu",
     device: str | torch.device | None = None,
     scheduler: Any = None,
+    runtime_cache: str | os.PathLike[str] | None = None,
 ) -> BundleDispatcher:
     """The dispatcher of an exported bundle.
 
@@ -86,6 +87,7 @@ def load(
         provider: of ONNX Runtime: "cpu", "cuda" or "tensorrt".
         device: where the tensors are; the CPU for provider "cpu", else the current GPU.
         scheduler: the sampler's scheduler, whose ``set_timesteps`` then marks each request's begin.
+        runtime_cache: a file that keeps the kernels which TensorRT-RTX compiles when it loads an engine.
 
     Raises:
         BundleError: the bundle is not as its manifest says, or has no engines for ``runtime``, this version or this GPU.
@@ -101,7 +103,7 @@ def load(
     if runtime == "onnxruntime":
         sessions = _onnx_sessions(folder, manifest, provider, where)
     else:
-        sessions = _engine_sessions(folder, manifest, runtime, where)
+        sessions = _engine_sessions(folder, manifest, runtime, where, runtime_cache)
     engines = []
     for step in manifest.steps:
         scores = sessions[step.scores.name] if step.scores is not None else None
@@ -119,12 +121,25 @@ def _onnx_sessions(folder: Path, manifest: Manifest, provider: str, device: torc
     return {graph.name: OnnxSession(folder / f"{graph.name}.onnx", graph.io, provider, device) for graph in manifest.graphs}
 
 
-def _engine_sessions(folder: Path, manifest: Manifest, flavour: str, device: torch.device) -> dict[str, Session]:
-    entry = next((engine for engine in manifest.engines if engine.flavour == flavour), None)
+def _engine_sessions(
+    folder: Path, manifest: Manifest, flavour: str, device: torch.device, runtime_cache: str | os.PathLike[str] | None
+) -> dict[str, Session]:
+    from tokencache_compile.export.tensorrt_session import TensorRTSession, Workspace
+
+    entry = next((engine for engine in manifest.engines if engine.target.flavour == flavour), None)
     if entry is None:
-        there = ", ".join(engine.flavour for engine in manifest.engines) or "none"
+        there = ", ".join(engine.target.flavour for engine in manifest.engines) or "none"
         raise BundleError(
             f'runtime="{flavour}" was asked for and {folder} has these engines: {there}. '
-            f'Export with export_tensorrt(…, flavour="{flavour}"), or load with runtime="onnxruntime".'
+            'Export with export_tensorrt and that flavour, or load with runtime="onnxruntime".'
         )
-    raise NotImplementedError
+    workspace = Workspace(device)
+    caches = [cache.name for cache in manifest.caches]
+    sessions: dict[str, Session] = {}
+    for graph in manifest.graphs:
+        weights = folder / f"{graph.name}.onnx" if entry.refittable else None
+        file = folder / engine_file(graph.name, flavour)
+        sessions[graph.name] = TensorRTSession(
+            file, graph.io, caches, entry.target, workspace, weights_from=weights, runtime_cache=runtime_cache
+        )
+    return sessions

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ import torch
 from tokencache_compile import export, passes
 from tokencache_compile.call_format import CallFormat
 from tokencache_compile.errors import BundleError
-from tokencache_compile.ir import CacheSpec, StepIO
+from tokencache_compile.export.tensorrt_flavour import EngineTarget
+from tokencache_compile.ir import CacheSpec, StepIO, TensorSpec
 from tokencache_compile.json_data import from_json, to_json
 from tokencache_compile.output_format import OutputFormat
 from tokencache_compile.plan import CachePlan
@@ -78,13 +79,12 @@ class EngineEntry:
     """Engines of one flavour, one for every graph.
 
     Attributes:
-        flavour, version: "tensorrt" or "tensorrt_rtx", and its version: engines are portable to no other.
-        compute_capabilities: GPUs they run on, such as "SM89".
+        target: what they were built with and run on.
+        refittable: whether they read their weights from the ONNX files' own.
     """
 
-    flavour: str
-    version: str
-    compute_capabilities: tuple[str, ...]
+    target: EngineTarget
+    refittable: bool
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         manifest = from_json(Manifest, content, str(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{error} {again}") from error
     _check_consistent(manifest, path)
     _check_files(folder, manifest.files, again)
@@ -176,30 +176,47 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_consistent(manifest: Manifest, path: Path) -> None:
-    """The parts of a manifest fit each other."""
-    steps, plan = manifest.steps, manifest.plan
-    cached = len(plan.profiles) if plan.config.ratio > 0 else 0
+    """The parts of a manifest fit each other, so that no step meets a tensor it was not made for."""
+    keeps = [(), *(manifest.plan.profiles if manifest.plan.config.ratio > 0 else ())]
     wrong = []
-    if len(steps) != 1 + cached or len(manifest.macs) != len(steps):
-        wrong.append(f"{len(steps)} steps and MACs of {len(manifest.macs)} for {cached} keep profiles")
-    inputs = {leaf.spec.name for leaf in manifest.call.leaves if leaf.spec is not None}
-    caches = {cache.name: cache for cache in manifest.caches}
-    for step in steps:
-        io = step.graph.io
-        named = {spec.name: spec for spec in (*io.inputs, *io.outputs)}
-        if len(io.next_caches) != len(caches) or not set(caches) <= set(io.arguments) or not inputs <= set(io.arguments):
-            wrong.append(f"{step.graph.name} does not take and return the {len(caches)} caches")
-        for cache, after in zip(manifest.caches, io.next_caches, strict=False):
-            spec = named.get(after) or caches.get(after)
-            if spec is None or (spec.shape, spec.dtype) != (cache.shape, cache.dtype):
-                wrong.append(f"{step.graph.name} gives {after} for the cache {cache.name}")
-    for name in ("weights.safetensors", *(f"{g.name}.onnx" for g in manifest.graphs)):
-        if name not in manifest.files:
-            wrong.append(f"{name} is not listed")
-    for engine in manifest.engines:
-        wrong += [f"{f} is not listed" for g in manifest.graphs if (f := engine_file(g.name, engine.flavour)) not in manifest.files]
+    if [step.graph.io.keep for step in manifest.steps] != keeps or len(manifest.macs) != len(keeps):
+        wrong.append(f"{len(manifest.steps)} steps and MACs of {len(manifest.macs)} for {len(keeps) - 1} keep profiles")
+    for step in manifest.steps:
+        wrong += _wrong_in(step, manifest)
+    needed = [WEIGHTS, *(f"{graph.name}.onnx" for graph in manifest.graphs)]
+    needed += [engine_file(graph.name, engine.target.flavour) for engine in manifest.engines for graph in manifest.graphs]
+    wrong += [f"{name} is not listed" for name in needed if name not in manifest.files]
     if wrong:
         raise BundleError(f"{path} contradicts itself: {wrong[0]}. Export or download the bundle again.")
+
+
+def _wrong_in(step: StepEntry, manifest: Manifest) -> list[str]:
+    """How a step's inputs and outputs differ from what the call, the plan and the caches say."""
+    io, name = step.graph.io, step.graph.name
+    extras = [TensorSpec("step", (), torch.float32)]
+    if manifest.plan.config.scorer == "random":
+        extras.append(TensorSpec("random_scores", manifest.table.random_shape, torch.float32))
+    given = [leaf.spec for leaf in manifest.call.leaves if leaf.spec is not None]
+    caches = [TensorSpec(cache.name, cache.shape, cache.dtype) for cache in manifest.caches]
+    known = {spec.name: spec for spec in (*given, *extras, *caches)}
+    indices = {f"index_{block:02d}" for block, _ in io.selects}
+    wrong = []
+    if io.arguments != tuple(known):
+        wrong.append(f"{name} takes {', '.join(io.arguments)}, and the call and the caches give {', '.join(known)}")
+    for graph in (step.graph, step.scores) if step.scores is not None else (step.graph,):
+        wrong += [f"{graph.name} reads {spec}" for spec in graph.io.inputs if spec.name not in indices and known.get(spec.name) != spec]
+    if io.num_outputs != len(manifest.output.names) or len(io.outputs) < io.num_outputs:
+        wrong.append(f"{name} gives {io.num_outputs} of the model's {len(manifest.output.names)} outputs")
+    scored = [f"scores_{block:02d}" for block, _ in io.selects]
+    if scored != ([spec.name for spec in step.scores.io.outputs] if step.scores is not None else []):
+        wrong.append(f"{name} leaves blocks {[block for block, _ in io.selects]} to the host, and other scores are there")
+    computed = known | {spec.name: spec for spec in io.outputs}
+    if len(io.next_caches) != len(caches):
+        wrong.append(f"{name} gives {len(io.next_caches)} of {len(caches)} caches")
+    for cache, after in zip(caches, io.next_caches, strict=False):
+        if computed.get(after) != replace(cache, name=after):
+            wrong.append(f"{name} gives {after} for the cache {cache.name} {cache.shape} {cache.dtype}")
+    return wrong
 
 
 def _check_files(folder: Path, listed: Mapping[str, FileEntry], again: str) -> None:
@@ -208,7 +225,9 @@ def _check_files(folder: Path, listed: Mapping[str, FileEntry], again: str) -> N
         raise BundleError(f"{folder / unknown[0]} is there, and {MANIFEST} does not list it. Remove it, or export again.")
     for name, entry in listed.items():
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if Path(name).name != name:
+            raise BundleError(f"{folder / MANIFEST} lists {name!r}, which is no file's name. {again}")
+        if not path.is_file():
             raise BundleError(f"{path} is missing. {again}")
         if (size := path.stat().st_size) != entry.nbytes:
             raise BundleError(f"{path} was cut short or changed: it has {size} bytes, and {MANIFEST} says {entry.nbytes}. {again}")

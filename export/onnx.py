@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokencache_compile.errors import ExportError
 from tokencache_compile.export.weights import Region
+from tokencache_compile.export.widen_bfloat16 import widen_bfloat16
 from tokencache_compile.ir import EngineGraph
 
 OPSET = 20
@@ -58,11 +59,16 @@ def to_onnx(graph: EngineGraph) -> Any:
                 output_names=[spec.name for spec in graph.io.outputs],
             )
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__  # the exporter's own report names no operator; its first cause does
+            reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
             raise ExportError(f"torch.onnx cannot export the {graph.io.kind}-step (keep {list(graph.io.keep)}): {reason}") from error
     model: Any = program.model  # type: ignore[union-attr]
     weights = weights_of(graph).keys()
     optimize_ir(model, should_fold=lambda node: False if any(v is not None and v.name in weights for v in node.inputs) else None)
+    widen_bfloat16(model, OPSET)
+    model.graph.metadata_props.clear()  # the signature once more
     for node in model.graph:  # stack traces of this machine
         node.metadata_props.clear()
     return model

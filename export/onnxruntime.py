@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencache_compile.errors import ExportError
+from tokencache_compile.errors import BundleError, ConfigError, ExportError
 from tokencache_compile.ir import StepIO, TensorSpec
 
 # Names as users say them; each falls back to the CPU for what it cannot run.
@@ -18,6 +18,11 @@ PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
+
+
+# Names as ONNX Runtime says them; in capitals they are ONNX's own.
+_TYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
+_TYPES |= {torch.int64: "int64", torch.int32: "int32", torch.bool: "bool", torch.uint8: "uint8"}
 
 
 class OnnxSession:
@@ -31,12 +36,14 @@ class OnnxSession:
 
     Raises:
         ExportError: the package or the provider is missing, or ONNX Runtime refuses the file.
+        ConfigError: there is no such provider.
+        BundleError: the file's inputs or outputs are not those of ``io``.
     """
 
     def __init__(self, path: Path, io: StepIO, provider: str = "cpu", device: torch.device | None = None) -> None:
         runtime = _import_runtime()
         wanted = _providers(runtime, provider)
-        self.io = io
+        self.path, self.io = path, io
         self.device = device or torch.device("cpu" if provider == "cpu" else "cuda")
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors: what it says of initialisers that share a file is no news
@@ -54,6 +61,12 @@ class OnnxSession:
                 f'provider="{provider}" was asked for and ONNX Runtime started {started}: the libraries of {wanted[0]} did not load. '
                 "Install the CUDA (and TensorRT) version that onnxruntime-gpu names, or take another provider."
             )
+        for nodes, specs in ((self._session.get_inputs(), io.inputs), (self._session.get_outputs(), io.outputs)):
+            found = {node.name: (tuple(node.shape), node.type) for node in nodes}
+            needed = {spec.name: (spec.shape, f"tensor({_TYPES[spec.dtype]})") for spec in specs if spec.dtype in _TYPES}
+            if found != needed:  # tensors are bound by address: ONNX Runtime would read or write beyond their ends
+                name = next(name for name in (*found, *needed) if found.get(name) != needed.get(name))
+                raise BundleError(f"{path.name} has {name} as {found.get(name)}, where {needed.get(name)} was to be. Export again.")
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Session`."""
@@ -90,7 +103,7 @@ def _import_runtime() -> Any:
 
 def _providers(runtime: Any, provider: str) -> Sequence[str]:
     if provider not in PROVIDERS:
-        raise ExportError(f"provider={provider!r} was asked for; it is one of {', '.join(map(repr, PROVIDERS))}.")
+        raise ConfigError(f"provider={provider!r} was asked for; it is one of {', '.join(map(repr, PROVIDERS))}.")
     there = runtime.get_available_providers()
     if PROVIDERS[provider][0] not in there:
         raise ExportError(
@@ -104,9 +117,5 @@ def _element_type(dtype: torch.dtype) -> int:
     """ONNX's number for ``dtype``: numpy, which ONNX Runtime takes otherwise, has no bfloat16."""
     import onnx
 
-    names = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.float64: "DOUBLE"}
-    names |= {torch.int64: "INT64", torch.int32: "INT32", torch.bool: "BOOL", torch.uint8: "UINT8"}
-    if dtype not in names:
-        raise ExportError(f"{dtype} has no ONNX tensor type here; {', '.join(sorted(map(str, names)))} have.")
-    number: int = onnx.TensorProto.DataType.Value(names[dtype])
+    number: int = onnx.TensorProto.DataType.Value(_TYPES[dtype].upper())
     return number

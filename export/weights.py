@@ -27,7 +27,10 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Region
     """Write ``weights`` and return where each lies; tensors that share their memory are written once."""
     first: dict[tuple[object, ...], str] = {}
     stands_for = {name: first.setdefault(_identity(t), name) for name, t in weights.items()}
+    path.touch()
+    mode = path.stat().st_mode  # safetensors leaves its files to their owner alone; a bundle is read by whoever may read its folder
     save_file({name: weights[name].detach().cpu().contiguous() for name in first.values()}, path)
+    path.chmod(mode)
     regions = read_regions(path)
     return {name: regions[kept] for name, kept in stands_for.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -12,21 +13,25 @@ from typing import Any
 import torch
 
 from tokencache_compile.errors import BundleError, ConfigError, ExportError
-from tokencache_compile.export.graphs import disk_errors, write_graphs
+from tokencache_compile.export.graphs import check_room, disk_errors, write_graphs
 from tokencache_compile.export.manifest import (
     FORMAT_VERSION,
     MANIFEST,
+    WEIGHTS,
     EngineEntry,
     Fingerprints,
     Manifest,
     ModelInfo,
     StepEntry,
+    engine_file,
     files_of,
     pass_sources,
     read_manifest,
     write_manifest,
 )
 from tokencache_compile.export.onnx import OPSET
+from tokencache_compile.export.tensorrt_build import TensorRTSettings, build_engine, check_limits, progress_bar
+from tokencache_compile.export.tensorrt_flavour import load_flavour
 from tokencache_compile.fingerprint import fingerprint
 from tokencache_compile.ir import EngineGraph
 from tokencache_compile.output_format import OutputFormat
@@ -68,6 +73,44 @@ def export_onnx(
     return write_bundle(transformed, directory, selection, example_inputs)
 
 
+def export_tensorrt(
+    transformed: Any,
+    directory: str | os.PathLike[str],
+    *,
+    settings: TensorRTSettings | None = None,
+    selection: SelectionPlace = "graph",
+    example_inputs: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a bundle as :func:`export_onnx` does, and a TensorRT engine of every graph beside its ONNX file.
+
+        settings = TensorRTSettings(flavour="tensorrt_rtx", compute_capabilities=("SM80", "SM89"))  # needs no GPU
+        tokencache_compile.export_tensorrt(net, "bundle", settings=settings)
+
+    Args:
+        settings: the flavour, the GPUs to build for, and what else TensorRT is told; the GPU at hand if left out.
+
+    Raises:
+        As :func:`export_onnx`; also ExportError where TensorRT is missing or refuses: a keep count over its TopK's limit (pass
+        ``selection="host"``), an operator, a GPU it does not build for.
+    """
+    chosen = settings or TensorRTSettings()
+    flavour = load_flavour(chosen.flavour)
+
+    def check(graphs: list[EngineGraph]) -> None:
+        for graph in graphs:
+            check_limits(graph.io, flavour)
+
+    def build(folder: Path, steps: tuple[StepEntry, ...]) -> EngineEntry:
+        for graph in (g for step in steps for g in (step.graph, step.scores) if g is not None):
+            check_room(folder, (folder / WEIGHTS).stat().st_size)
+            with progress_bar(graph.name) as progress:
+                built = build_engine(folder / f"{graph.name}.onnx", graph.io.inputs, graph.io.outputs, chosen, progress)
+            (folder / engine_file(graph.name, flavour.name)).write_bytes(built.data)
+        return EngineEntry(built.target, built.refittable)
+
+    return write_bundle(transformed, directory, selection, example_inputs, check, build)
+
+
 def write_bundle(
     transformed: Any,
     directory: str | os.PathLike[str],
@@ -81,6 +124,8 @@ def write_bundle(
     target = Path(directory).resolve()
     _check_replaceable(target)
     captured = dispatcher.captured(example_inputs)
+    if not captured.steps.program.shares_weights_of(dispatcher.model):
+        raise ConfigError("the model's weights were replaced since it was captured: call it once more, or pass example_inputs.")
     if captured.autocast:
         raise ExportError("the model was captured under autocast, which is no part of a graph. Cast the model itself, as by .half().")
     output = OutputFormat.of(captured.steps.output_spec)
@@ -141,9 +186,16 @@ def _manifest(
 def _json_config(model: Any) -> dict[str, Any]:
     """The model's diffusers configuration, which pipelines read from the transformer; what JSON cannot hold is left out."""
     config = getattr(model, "config", None)
-    simple = (bool, int, float, str, type(None), list, tuple, dict)
     items = dict(config).items() if isinstance(config, Mapping) else ()
-    return {str(k): list(v) if isinstance(v, tuple) else v for k, v in items if isinstance(v, simple) and not str(k).startswith("_")}
+    return {str(k): v for k, v in items if _is_json(v) and not str(k).startswith("_")}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    if isinstance(value, Mapping):
+        return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, bool | int | str | None)
 
 
 def _predictor_digest(predictor: CachePredictor | None) -> str | None:

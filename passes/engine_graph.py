@@ -67,7 +67,9 @@ def _engine_graph(steps: StepPrograms, step: StepProgram, output_names: Sequence
     results: Sequence[Node] = flat.graph.output_node().args[0]  # type: ignore[assignment]
     outputs: dict[str, Node] = {}
     for name, node in zip(output_names, results[: step.num_outputs], strict=True):
-        outputs[f"{name}_out" if name in specs else name] = node
+        while name in specs or name in outputs:
+            name += "_out"
+        outputs[name] = node
     next_caches = []
     for cache, node in zip(step.caches, results[step.num_outputs :], strict=True):
         if node.op != "placeholder":
@@ -111,8 +113,9 @@ def _cut(
             env[node] = graph.node_copy(node, lambda n: env[n])
     seen: set[Node] = set()
     results = []
-    for node in outputs.values():  # an engine's output is a tensor of its own: no input, and no other output
-        mine = graph.call_function(torch.clone, (env[node],)) if node.op == "placeholder" or node in seen else env[node]
+    for node in outputs.values():  # an engine's output is a tensor of its own: no input, no weight, and no other output
+        own = node.op not in ("placeholder", "get_attr") and node not in seen
+        mine = env[node] if own else graph.call_function(torch.clone, (env[node],))
         seen.add(node)
         results.append(mine)
     graph.output(tuple(results))

@@ -264,7 +264,7 @@ def test_full_size() -> None:
     forward_macs, norms = sum(MACS["terms"](model.config, grid, 512).values()), MACS["norm_operations"](model.config, grid)
     assert MACS["counted"](model, call) == forward_macs
     assert [f"{2 * steps * (forward_macs + norms) / 1e12:.2f}" for steps in (50, 25)] == ["1717.49", "858.74"]  # Table V
-    steps = MACS["compiled"](model, call, ratio=0.9, context="kept", forecast=0)
+    steps = MACS["compiled"](model, call, ratio=0.9, last_k=4, context="kept", forecast=0)
     assert steps.macs_full == forward_macs
     tokens, width, kept = 6144, 2304, 614
     assert (steps.program.known_stream.tokens, steps.plan.profiles) == (tokens, ((kept,) * 28,))

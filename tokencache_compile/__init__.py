@@ -15,7 +15,8 @@ from tokencache_compile.errors import (
     UnsupportedModelError,
 )
 from tokencache_compile.export.load import BundleDispatcher, load
-from tokencache_compile.export.write import export_onnx
+from tokencache_compile.export.tensorrt_build import TensorRTSettings
+from tokencache_compile.export.write import export_onnx, export_tensorrt
 from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
 from tokencache_compile.runtime import Dispatcher, StepReport, Summary
@@ -36,9 +37,11 @@ __all__ = [
     "Schedule",
     "StepReport",
     "Summary",
+    "TensorRTSettings",
     "TokenCacheError",
     "UnsupportedModelError",
     "export_onnx",
+    "export_tensorrt",
     "load",
     "transform",
 ]

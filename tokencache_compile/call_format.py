@@ -18,7 +18,7 @@ _KINDS = {str(kind.name): kind for kind in inspect._ParameterKind}
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of the forward. ``default`` is None or a number, string or bool; required arguments have none."""
+    """An argument of the forward. ``default`` is None, a number, string or bool; None stands for any other, which calls must give."""
 
     name: str
     kind: str
@@ -49,7 +49,7 @@ class CallFormat:
         for parameter in signature.parameters.values():
             required = parameter.default is parameter.empty
             simple = isinstance(parameter.default, bool | int | float | str | None)
-            arguments.append(Argument(parameter.name, parameter.kind.name, required or not simple, parameter.default if simple else None))
+            arguments.append(Argument(parameter.name, parameter.kind.name, required, parameter.default if simple else None))
         names = iter(input_names)
         leaves = []
         for path, value in _leaves(call):
@@ -77,6 +77,8 @@ class CallFormat:
             for path in dict.fromkeys((*wanted, *found))
             if found.get(path) != wanted.get(path)
         ]
+        if not different and list(found) != list(wanted):
+            different = [f"its values come in the order {', '.join(found)} and not {', '.join(wanted)}"]
         if different:
             raise InputError(
                 f"this call is not the one that was exported: {'; '.join(different[:3])}. Batch, resolution and text length are fixed in "

@@ -14,7 +14,7 @@ from tokencache_compile.export.inductor import compile_step
 from tokencache_compile.ir import StepProgram
 from tokencache_compile.passes.pipeline import StepPrograms
 
-Backend = Literal["eager", "inductor", "onnxruntime"]
+Backend = Literal["inductor", "eager", "onnxruntime", "tensorrt", "tensorrt_rtx"]
 
 
 class Engine(Protocol):
@@ -57,4 +57,8 @@ def make_engines(backend: str, steps: StepPrograms) -> Sequence[Engine]:
         from tokencache_compile.export.local import onnxruntime_engines
 
         return onnxruntime_engines(steps)
+    if backend in ("tensorrt", "tensorrt_rtx"):
+        from tokencache_compile.export.local import tensorrt_engines
+
+        return tensorrt_engines(steps, backend)
     return [TorchEngine(step, compiled=backend == "inductor") for step in (steps.full, *steps.cached)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -89,4 +90,4 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 def _refuse(kind: Any, value: Any, where: str) -> Any:
     wanted = kind if isinstance(kind, str) else kind.__name__
-    raise ValueError(f"{where} is {value!r}, where {wanted} is needed.")
+    raise ValueError(f"{where} is {reprlib.repr(value)}, where {wanted} is needed.")

@@ -26,6 +26,10 @@ class OutputFormat:
     kind: str
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("tensor", "tuple"):
+            self._output_class()
+
     @classmethod
     def of(cls, spec: Any) -> OutputFormat:
         """The format of a pytree ``spec`` of a model's return value.
@@ -52,5 +56,17 @@ class OutputFormat:
             return outputs[0]
         if self.kind == "tuple":
             return tuple(outputs)
+        return self._output_class()(**dict(zip(self.names, outputs, strict=True)))
+
+    def _output_class(self) -> Any:
+        """The class that ``kind`` names: an output class of diffusers, and nothing else that a file might have named."""
         module, _, name = self.kind.rpartition(".")
-        return getattr(importlib.import_module(module), name)(**dict(zip(self.names, outputs, strict=True)))
+        if not module.startswith("diffusers."):
+            raise ValueError(f'{self.kind!r} is no "tensor", no "tuple" and no class of diffusers')
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"this diffusers has no {self.kind}") from error
+        if not (isinstance(found, type) and issubclass(found, BaseOutput)):
+            raise ValueError(f"{self.kind} is no output class of diffusers")
+        return found

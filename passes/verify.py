@@ -34,6 +34,19 @@ def verify_blocks(program: BlockProgram) -> None:
             raise InvariantError(f"{block.fqn} lacks the weights {missing}")
 
 
+def run_on_shapes(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int], counter: MacCounter) -> Sequence[Tensor]:
+    """Run the step on fake tensors of the shapes of ``inputs``, ``counter`` counting; see :func:`verify_step`."""
+    device = inputs[0].device
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        fakes: list[Tensor] = [mode.from_tensor(t) for t in inputs]
+        for name in extra_inputs(step):
+            fakes.append(torch.empty(num_random if name == "random_scores" else (), device=device))
+        fakes += [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
+        with counter:
+            results: Sequence[Tensor] = step.module(*fakes)
+    return results
+
+
 def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int]) -> int:
     """Run the step on shapes alone: caches come out as they went in. Returns the step's MACs.
 
@@ -44,15 +57,8 @@ def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[i
     step.module.graph.lint()
     if any(n.target is BLOCK_OP for n in step.module.graph.nodes):
         raise InvariantError("a block call of the skeleton was left in a step graph")
-    device = inputs[0].device
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fakes: list[Tensor] = [mode.from_tensor(t) for t in inputs]
-        for name in extra_inputs(step):
-            fakes.append(torch.empty(num_random if name == "random_scores" else (), device=device))
-        fakes += [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
-        counter = MacCounter()
-        with counter:
-            results = step.module(*fakes)
+    counter = MacCounter()
+    results = run_on_shapes(step, inputs, num_random, counter)
     if len(results) != step.num_outputs + len(step.caches):
         raise InvariantError(f"a step of {len(step.caches)} caches returned {len(results)} values")
     for spec, value in zip(step.caches, results[step.num_outputs :], strict=True):

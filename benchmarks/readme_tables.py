@@ -177,6 +177,28 @@ def latency() -> str:
     return table(["backend", "step", "seconds", "GMACs", "MACs, P/I", "seconds, P/I", "time over MACs"], rows)
 
 
+def engines() -> str:
+    """I- and P-step of the reference DiT in every engine of this machine."""
+    rows = []
+    for backend, measured in read("benchmarks/results/bench_engines.json")["backends"].items():
+        steps = [f"{measured[step]['seconds'] * 1e3:.1f}" if step in measured else "–" for step in ("model", "I", "P")]
+        rows.append([backend, *steps, f"{measured['I_over_P']:.2f}×"])
+    return table(["backend", "the model itself, ms", "I-step, ms", "P-step, ms", "I over P"], rows)
+
+
+def exported() -> str:
+    """What exporting DiT-XL/2 took, and what it left."""
+    result = read("benchmarks/results/export_dit_xl.json")
+    built = [(name.removeprefix("engine "), row) for name, row in result["stages"].items() if name.startswith("engine ")]
+    times = ", ".join(f"{name} {row['seconds']:.0f} s and {row['nbytes'] / 2**30:.2f} GiB" for name, row in built)
+    return (
+        f"{result['model']} in {result['dtype']}: the ONNX files took {result['stages']['onnx']['seconds']:.0f} s on one busy core (load average "
+        f"{result['load_average'][0]:.1f}); beside {result['files']['weights.safetensors'] / 2**30:.2f} GiB of shared weights the P-graph is "
+        f"{result['files']['cached_0.onnx'] / 2**20:.1f} MiB, **{result['p_graph_share_of_weights']:.2%}** of them. TensorRT-RTX {built[0][1]['version']} engines for "
+        f"{built[0][1]['capabilities'].replace(',', ' and ')}, built without a GPU: {times}, at a peak of {max(row['peak_gib'] for _, row in built):.1f} GiB of memory."
+    )
+
+
 def section() -> str:
     """The README's results."""
     judged, grid, steps = (read(f"benchmarks/results/{n}.json") for n in ("judge_reference", "choose_defaults", "step_latency_cpu"))
@@ -234,6 +256,13 @@ Nothing recomputed (ratio 1) and denser I-steps buy more nearly everywhere, see 
 An eager I-step keeps torch's own kernels, because it is the model's own result bit for bit; P-steps and everything compiled take oneDNN's linears. So the compiled I-step is
 itself twice as fast as the eager model, and what the P-step cannot drop (weights that
 must be read for few rows) weighs more beside it: its time over MACs is above 1.
+
+**Engines**: the reference DiT with the shipped plan, {read("benchmarks/results/bench_engines.json")["inputs"]["0"][0][0]} rows, medians of {read("benchmarks/results/bench_engines.json")["rounds"]} rounds in turn on {read("benchmarks/results/bench_engines.json")["threads"]} CPU threads. \
+(TensorRT engines are built here and not run: no GPU.)
+
+{engines()}
+
+{exported()}
 
 **The reference DiT**: a classifier that is right on {judged["overall"]["classifier_accuracy"]:.1%} of the real test images names the requested class for \
 **{judged["overall"]["agreement"]:.1%}** of {judged["settings"]["samples"]} guided 50-step samples. No GPU was at hand for these figures; `step_latency.py --device cuda` is ready for one."""

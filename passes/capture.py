@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,6 +54,44 @@ def _keeps_a_stream(call: BlockCall) -> bool:
     """A block returns a tensor of the shape and type of one it was given, with batch, token and channel axes."""
     given = {(t.shape, t.dtype) for t in call.tensors if t.is_floating_point() and t.dim() >= 3}
     return any((t.shape, t.dtype) in given for t in call.output_tensors)
+
+
+def _lists_of(calls: Iterable[BlockCall]) -> set[str]:
+    return {call.fqn.rpartition(".")[0] for call in calls}
+
+
+def disturbed(tensors: Sequence[Tensor], positions: Iterable[int]) -> list[Tensor]:
+    """``tensors`` with noise added to the floating-point ones at ``positions``: every value differs, whatever it was."""
+    draw = torch.Generator().manual_seed(0)
+    chosen = {i for i in positions if tensors[i].is_floating_point()}
+    return [t + torch.randn(t.shape, generator=draw).to(t) if i in chosen else t for i, t in enumerate(tensors)]
+
+
+def _on_the_sample(
+    model: nn.Module, kwargs: Mapping[str, Any], sample: Sequence[int], candidates: Mapping[str, nn.Module], calls: tuple[BlockCall, ...]
+) -> tuple[BlockCall, ...]:
+    """The calls that are given something made from the sample; text refiners, for one, are not: they stay part of the model around.
+
+    Only a model with several lists of blocks can have others, so only such a model is run once more, on another sample.
+    """
+    if len(_lists_of(calls)) < 2:
+        return calls
+    leaves, spec = pytree.tree_flatten(dict(kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for place, tensor in zip(places, disturbed([leaves[i] for i in places], sample), strict=True):
+        leaves[place] = tensor
+    again: list[BlockCall] = []
+    with _recording(candidates, again):
+        model(**pytree.tree_unflatten(leaves, spec))
+    others = {call.fqn: call for call in again}
+    return tuple(
+        call
+        for call in calls
+        if any(
+            not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+            for a, b in zip(call.tensors, others[call.fqn].tensors, strict=True)
+        )
+    )
 
 
 @contextmanager
@@ -151,6 +189,13 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
     return GraphModule(root, graph)
 
 
+def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Positions of the tensors of the model's first argument among all tensors of the call."""
+    first = next(iter(inspect.signature(model.forward).parameters))
+    of = [name for name, value in kwargs.items() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return tuple(position for position, name in enumerate(of) if name == first)
+
+
 def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
     """Capture ``model`` for the signature of ``kwargs``.
 
@@ -175,7 +220,8 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error
-        kept = tuple(call for call in calls if _keeps_a_stream(call))
+        sample = _sample_inputs(model, kwargs)
+        kept = _on_the_sample(model, kwargs, sample, candidates, tuple(call for call in calls if _keeps_a_stream(call)))
         if not kept:
             raise UnsupportedModelError(
                 type(model).__name__,
@@ -204,4 +250,4 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
         )
     skeleton = _skeleton(exported, len(inputs))
     input_names = tuple(node.name for node in skeleton.graph.nodes if node.op == "placeholder")
-    return Capture(skeleton, kept, input_names, inputs, tuple(outputs), output_spec)
+    return Capture(skeleton, kept, input_names, inputs, sample, tuple(outputs), output_spec)

@@ -79,6 +79,8 @@ def _body(name: str, call: BlockCall) -> Body:
         raise UnsupportedModelError(
             call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."
         )
+    if _writes_through_views(exported.graph):
+        exported = exported.run_decompositions({})
     lifted = lifted_names(exported)
     graph = Graph()
     root: dict[str, Any] = {}
@@ -97,7 +99,7 @@ def _body(name: str, call: BlockCall) -> Body:
                 env[node] = graph.get_attr(target)
                 env[node].meta = dict(node.meta)
         elif node.op == "output":
-            graph.output(tuple(env[value] for value in node.args[0] if isinstance(value, Node)))
+            graph.output(tuple(_own(graph, env[value]) for value in node.args[0] if isinstance(value, Node)))
         elif _is_inactive_dropout(node) or _is_cast_to_own_dtype(node):
             env[node] = env[node.args[0]]
         else:
@@ -107,6 +109,24 @@ def _body(name: str, call: BlockCall) -> Body:
     graph_module = GraphModule(root, graph)
     names = tuple(lifted[node.name][1] for node in weights)
     return Body(name, graph_module, names, len(inputs), len(call.output_tensors))
+
+
+def _own(graph: Graph, value: Node) -> Node:
+    """``value``, or a copy of it where it is an input that the block hands through: a region returns none of its inputs."""
+    if value.op != "placeholder":
+        return value
+    copy = graph.call_function(torch.ops.aten.clone.default, (value,))
+    copy.meta = dict(value.meta)
+    return copy
+
+
+def _writes_through_views(graph: Graph) -> bool:
+    """Whether an operation writes in place and its result is not read: the effect shows only in what it is a view of.
+
+    The passes follow values, so such a graph (CogVideoX rotates the image's part of its queries) is made functional first.
+    """
+    calls = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return any(node.target._schema.is_mutable and not node.users for node in calls)
 
 
 def _writes_to_inputs(graph: Graph) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencache_compile.ir import BlockProgram, CacheUnit, StepProgram
+from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
 from tokencache_compile.passes.analysis import analyse
 from tokencache_compile.passes.cached_step import make_cached
 from tokencache_compile.passes.capture import capture
@@ -58,19 +58,24 @@ class StepPrograms:
         return [torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device) for spec in self.full.caches]
 
 
-def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
-    """Capture → outline → analyse → plan → fold → I-step and P-steps, verified after each.
-
-    Args:
-        kwargs: keyword arguments of one call; see :func:`capture`.
+def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram, Capture]:
+    """Capture → outline → analyse: all that does not depend on settings.
 
     Raises:
-        InputError, UnsupportedModelError, ConfigError: see the passes.
+        InputError, UnsupportedModelError: see the passes.
     """
     captured = capture(model, kwargs)
     program = outline(captured, model)
     verify_blocks(program)
-    program = analyse(program, captured)
+    return analyse(program, captured), captured
+
+
+def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
+    """Plan → fold → I-step and P-steps, verified after each.
+
+    Raises:
+        UnsupportedModelError, ConfigError: see the passes.
+    """
     must_share = any(body.known_roles.needs_shared_index for body in program.bodies)
     stream = program.known_stream
     plan = resolve_plan(config, len(program.blocks), stream.tokens, must_share, stream.batch)
@@ -92,3 +97,15 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
     initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
     same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
     return steps
+
+
+def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
+    """Every pass in order: :func:`analysed`, then :func:`steps_of`.
+
+    Args:
+        kwargs: keyword arguments of one call; see :func:`capture`.
+
+    Raises:
+        InputError, UnsupportedModelError, ConfigError: see the passes.
+    """
+    return steps_of(*analysed(model, kwargs), config, predictor)

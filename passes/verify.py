@@ -12,6 +12,7 @@ from tokencache_compile.errors import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, Capture, StepProgram
 from tokencache_compile.macs import MacCounter
 from tokencache_compile.passes.capture import BLOCK_OP
+from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.regions import cached_region
 from tokencache_compile.plan import CacheConfig, CachePlan
 
@@ -76,22 +77,30 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
         kept = max(stream.tokens // 2, 1)
         index = torch.randperm(stream.tokens, generator=draw)[:kept].expand(stream.batch, -1).to(stream.device)
         tensors = list(call.tensors)
-        x = torch.randn(tensors[roles.stream_input].shape, generator=draw).to(tensors[roles.stream_input])
-        tensors[roles.stream_input] = x
+        for position in (roles.stream_input, *(c.input for c in roles.companions)):
+            tensors[position] = torch.randn(tensors[position].shape, generator=draw).to(tensors[position])
         weights = [program.tensors[name] for name in block.weight_fqns(body)]
         region = cached_region(body, config, stream, kept, ()).graph_module
         with torch.no_grad():
-            expected = body.graph_module(*weights, *tensors)[roles.stream_output][:, index[0]].float()
-            got = region(*weights, *tensors, index, torch.zeros_like(x))[0][:, index[0]].float()
-        tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
-        error = (got - expected).norm() / (expected - x[:, index[0]].float()).norm().clamp_min(1e-6)
-        if not bool(error < tolerance) and not torch.allclose(got, expected, atol=1e-5):
+            expected = body.graph_module(*weights, *tensors)
+            got = region(*weights, *tensors, index, torch.zeros_like(tensors[roles.stream_input]))
+        rows = KeptRows(index, stream, kept).positions(roles.layout)[0]
+        streams = [(roles.stream_input, roles.stream_output, rows)]
+        streams += [(c.input, c.output, torch.arange(c.shape[1], device=stream.device)) for c in roles.companions]
+        if not all(_agree(got[o][:, rows], expected[o][:, rows], tensors[i][:, rows]) for i, o, rows in streams):
             raise UnsupportedModelError(
                 call.fqn,
                 "its tokens reach each other in other ways than torch.nn.functional.scaled_dot_product_attention, "
                 f"so context={plan.config.context!r} cannot be made for them",
                 'Use context="kept", or an attention processor that calls that function (AttnProcessor2_0).',
             )
+
+
+def _agree(got: Tensor, expected: Tensor, x: Tensor) -> bool:
+    """Whether a block gave what was expected of it, up to rounding; ``x`` is what it was given."""
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    error = (got.float() - expected.float()).norm() / (expected.float() - x.float()).norm().clamp_min(1e-6)
+    return bool(error < tolerance) or torch.allclose(got.float(), expected.float(), atol=1e-5)
 
 
 def same_as_eager(step: StepProgram, captured: Capture, initial: Sequence[Tensor]) -> None:

@@ -384,7 +384,7 @@ def test_in_place_on_its_own_tensors_is_allowed() -> None:
         (toy.AddsInPlace, "in place"),
         (toy.WritesToAView, "in place"),
         (toy.Noisy, "changes its output"),
-        (toy.TwoStreams, "several streams"),
+        (toy.TwoStreams, "continues none of its streams"),
         (toy.ExplicitAttention, "reach each other"),
         (toy.Pooled, "reach each other"),
     ],

@@ -55,8 +55,8 @@ def table(results: list[Result], missing: list[str]) -> str:
         f"Written by `python benchmarks/coverage.py` with diffusers {diffusers.__version__}, torch {torch.__version__}; do not edit.",
         "",
         f"**{len({x.name for x in right})} of {len(classes)} classes** ({len(right)} of {len(results)} configurations) have an I-step "
-        "that is bit-identical to the model, a P-step that keeps all tokens and gives the model's step within 1e-5, and a P-step at ratio 0.9 that "
-        "agrees with an independent eager reference, in at least one context. Others are refused by name, or not tried.",
+        "that is bit-identical to the model, a P-step that keeps all tokens and gives the model's step within 1e-5, and a P-step at "
+        "ratio 0.9 that agrees with an independent eager reference, in at least one context. Others are refused by name, or not tried.",
         "",
         "Contexts: ✓ all three hold; – refused (why stands below). Streams: the cached one, and others computed in full; "
         "(text +7) says that 7 text tokens stand in the cached stream itself.",

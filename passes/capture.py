@@ -182,6 +182,8 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
                 continue  # a constant argument (None, a flag): nothing reads it
             env[node].meta = dict(node.meta)
         else:
+            if node.op == "get_attr":  # the graph within an autocast region
+                root[node.target] = getattr(exported.graph_module, node.target)
             env[node] = graph.node_copy(node, lambda n: env[n])
     drop_checks(graph)
     if len([n for n in graph.nodes if n.op == "placeholder"]) != num_inputs:

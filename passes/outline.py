@@ -50,7 +50,8 @@ def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
     auto = [{axis: Dim.AUTO for axis, size in enumerate(v.shape) if size > 1} if isinstance(v, Tensor) else None for v in call.leaves]
     args, kwargs = pytree.tree_unflatten(auto, call.in_spec)
     shapes: dict[str, Any] = {}
-    parameters = list(inspect.signature(call.module.forward).parameters.values())
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(call.module.forward).parameters.values() if p.kind not in named]
     for position, value in enumerate(args):
         parameter = parameters[min(position, len(parameters) - 1)]
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -103,6 +104,8 @@ def _body(name: str, call: BlockCall) -> Body:
         elif _is_inactive_dropout(node) or _is_cast_to_own_dtype(node):
             env[node] = env[node.args[0]]
         else:
+            if node.op == "get_attr":  # the graph within an autocast region
+                root[node.target] = getattr(exported.graph_module, node.target)
             env[node] = graph.node_copy(node, lambda n: env[n])
     drop_checks(graph)
     graph.eliminate_dead_code()

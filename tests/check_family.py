@@ -55,7 +55,10 @@ class Result:
         return max((max(c.all_kept, c.reference) for c in self.contexts.values() if c.ok), default=float("inf"))
 
     def line(self) -> str:
-        parts = [f"{name} {'ok' if c.ok else c.refusal[:200] or c.failure[:300] or c}" for name, c in self.contexts.items()]
+        notes = {name: "ok" if c.ok else c.refusal or c.failure or str(c) for name, c in self.contexts.items()}
+        if len(set(notes.values())) == 1:
+            notes = {"all": next(iter(notes.values()))}
+        parts = [f"{name} {note[:400]}" for name, note in notes.items()]
         return f"{self.key}: {self.blocks}; {self.streams}; {'; '.join(parts)}"
 
     def as_json(self) -> dict[str, Any]:

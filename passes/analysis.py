@@ -64,15 +64,16 @@ def body_outputs(body: Body) -> tuple[Node, ...]:
     return outputs
 
 
+def attention_mask(node: Node) -> Node | None:
+    """The mask of an attention call."""
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return mask if isinstance(mask, Node) else None
+
+
 def _shape(node: Node) -> tuple[int | SymInt, ...]:
     """Sizes of a node's value; an axis that the block fixed is an int, a free one a symbol."""
     sizes = node.meta["val"].shape
     return tuple(size if isinstance(size, SymInt) and size.node.expr.free_symbols else int(size) for size in sizes)
-
-
-def _size(axis: int | SymInt) -> int:
-    """The size of an axis in the captured call."""
-    return int(axis.node.hint) if isinstance(axis, SymInt) else axis
 
 
 def _is(axis: int | SymInt, other: int | SymInt) -> bool:
@@ -205,22 +206,39 @@ def _places(program: BlockProgram, captured: Capture, pairs: Sequence[Sequence[t
 
 
 class _WithoutAttention(Interpreter):
-    """Runs a body whose attentions give zeros, so that no token sees another; keeps every attention's queries and keys."""
+    """Runs a body whose attentions give zeros, so that no token sees another.
+
+    Keeps every attention's queries and keys, and the shapes of all values (where a mask's values decide them, no symbol tells).
+    """
 
     def __init__(self, body: Body) -> None:
         super().__init__(body.graph_module)
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
     def run_node(self, n: Node) -> Any:
         if n.target is not SDPA:
-            return super().run_node(n)
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                self.shapes[n.name] = value.shape
+            return value
         query, key = self.fetch_args_kwargs_from_env(n)[0][:2]
         self.seen[n.name] = (query, key)
-        return torch.zeros_like(super().run_node(n))  # with the strides that the views behind it rely on
+        out: Tensor = super().run_node(n)
+        self.shapes[n.name] = out.shape
+        return torch.zeros_like(out)  # with the strides that the views behind it rely on
 
 
-def _attention_layouts(body: Body, call: BlockCall, place: _Place) -> dict[str, tuple[Layout | None, Layout | None]]:
-    """Layouts of the queries and keys of every attention; None where no row, or no one interval, is the cached tokens'."""
+@dataclass(frozen=True)
+class _Probe:
+    """Layouts of the queries and keys of every attention (None where no row, or no one interval, is the cached tokens'); all shapes."""
+
+    layouts: Mapping[str, tuple[Layout | None, Layout | None]]
+    shapes: Mapping[str, torch.Size]
+
+
+def _probe(body: Body, call: BlockCall, place: _Place) -> _Probe:
+    """Run a body twice, the second time with other cached tokens."""
     tensors = list(call.tensors)
     stream = tensors[place.pair[0]].clone()
     tokens = stream.narrow(1, place.layout.before, place.tokens)
@@ -230,15 +248,15 @@ def _attention_layouts(body: Body, call: BlockCall, place: _Place) -> dict[str, 
         run = _WithoutAttention(body)
         with torch.no_grad():
             run.run(*_weights(body, call), *given)
-        runs.append(run.seen)
+        runs.append(run)
     layouts = {}
-    for name, values in runs[0].items():
+    for name, values in runs[0].seen.items():
         found = []
-        for one, other in zip(values, runs[1][name], strict=True):
+        for one, other in zip(values, runs[1].seen[name], strict=True):
             interval = _interval(_changed(one, other, one.dim() - 2))
             found.append(interval[0] if interval is not None and interval[1] == place.tokens else None)
         layouts[name] = (found[0], found[1])
-    return layouts
+    return _Probe(layouts, runs[0].shapes)
 
 
 def _weights(body: Body, call: BlockCall) -> list[Tensor]:
@@ -250,9 +268,9 @@ def _within(node: Node, module: str) -> bool:
     return any(entry[0] == module for entry in node.meta.get("nn_module_stack", {}).values())
 
 
-def _reaches(node: Node, source: Node, without: Node) -> bool:
+def _reaches(node: Node, source: Node, without: set[Node]) -> bool:
     """Whether the values (not the sizes) of ``source`` reach ``node`` by a way around ``without``."""
-    seen: set[Node] = {without}
+    seen = set(without)
     todo = [node]
     while todo:
         node = todo.pop()
@@ -280,22 +298,24 @@ def _leaving(body: Body, attention: Node, streams: Sequence[Node]) -> list[Node]
         for n in body.graph_module.graph.nodes
         if n in result and isinstance(n.meta.get("val"), Tensor) and _within(n, module) and any(not _within(u, module) for u in n.users)
     ]
-    mixed = any(_reaches(node, stream, attention) for node in leaving for stream in streams)
-    return [attention] if mixed else leaving
+    attentions = {n for n in body.graph_module.graph.nodes if n.target is SDPA and _within(n, module)}
+    mixed = any(_reaches(node, stream, attentions) for node in leaving for stream in streams)
+    whole = all(node.meta["val"].dim() == 3 for node in leaving)  # [B, N, C]; Lumina's module leaves the heads apart
+    return leaving if whole and not mixed else [attention]
 
 
 def _attention_outputs(
-    body: Body, nodes: Mapping[str, Node], queries: Mapping[str, Layout | None], streams: Sequence[Node], token: SymInt, place: _Place
+    body: Body, queries: Mapping[str, Layout | None], streams: Sequence[Node], token: SymInt, place: _Place, probe: _Probe
 ) -> tuple[AttentionOutput, ...]:
     """What the self-attentions give to the rest of the body, each once."""
-    stream_axis = _shape(streams[0])[1]
+    nodes = {n.name: n for n in body.graph_module.graph.nodes}
+    stream_axis, batch = _shape(streams[0])[1], probe.shapes[streams[0].name][0]
     found: dict[str, AttentionOutput] = {}
     for name, query_layout in queries.items():
         query = nodes[name].args[0]
         assert isinstance(query, Node)
         for node in _leaving(body, nodes[name], streams):
-            shape = _shape(node)
-            axis = shape[-2]
+            axis = _shape(node)[-2]
             layout: Layout | None = None
             if _is(axis, stream_axis):
                 layout = place.layout
@@ -305,7 +325,8 @@ def _attention_outputs(
                 raise UnsupportedModelError(
                     body.name, f"its attention leaves {node.name} with a token axis of {axis}", "Its tokens cannot be told apart."
                 )
-            found.setdefault(node.name, AttentionOutput(node.name, _size(axis), layout))
+            shape = probe.shapes[node.name]
+            found.setdefault(node.name, AttentionOutput(node.name, shape[-2], layout, shape[0] == batch))
     return tuple(found.values())
 
 
@@ -320,16 +341,16 @@ def _side_inputs(
         axes = [axis for axis, size in enumerate(_shape(node)) if _mentions(size, token)]
         if position in streams or not axes:
             continue
-        size = call.tensors[position].shape[axes[0]]
-        layouts = [place.layout] if _is(_shape(node)[axes[0]], own) else [k for k in keys if k.others + total == size]
-        if len(axes) > 1 or not layouts:
+        sizes = {call.tensors[position].shape[axis] for axis in axes}
+        layouts = [place.layout] if _is(_shape(node)[axes[0]], own) else [k for k in keys if {k.others + total} == sizes]
+        if len(axes) > 2 or len(sizes) > 1 or not layouts:
             raise UnsupportedModelError(
                 call.fqn,
                 f"its input {node.name} {tuple(call.tensors[position].shape)} mixes tokens with another axis",
-                "Masks between tokens are not supported.",
+                "Its rows cannot be told apart.",
             )
         batched = axes[0] > 0 and call.tensors[position].shape[0] == call.tensors[place.pair[0]].shape[0]
-        sides.append(SideInput(position, axes[0], batched, layouts[0]))
+        sides.append(SideInput(position, axes[-1], batched, layouts[0], axes[0] if len(axes) > 1 else None))
     return tuple(sides)
 
 
@@ -339,7 +360,7 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
     inputs, outputs = placeholders(body), body_outputs(body)
     shape = _shape(inputs[stream_input])
     free = [axis for axis in range(1, len(shape)) if isinstance(shape[axis], SymInt)]
-    if len(shape) != 3 or free != [1]:
+    if len(shape) != 3 or 1 not in free:
         raise UnsupportedModelError(
             call.fqn,
             f"its stream has shape {tuple(call.tensors[stream_input].shape)} and the free axes of the exported block are {free}, not [1]",
@@ -353,6 +374,13 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
         raise UnsupportedModelError(
             call.fqn, f"its token count is bound to {token.node.expr} in {bounds}", "The block depends on the token count."
         )
+    keys = [_shape(n.args[1])[-2] for n in body.graph_module.graph.nodes if n.target is SDPA]
+    if isinstance(shape[0], SymInt) and any(_mentions(key, shape[0]) for key in keys):
+        raise UnsupportedModelError(
+            call.fqn,
+            f"its attention runs over the first axis of its stream {tuple(call.tensors[stream_input].shape)}",
+            "Streams with samples first, [B, N, C], are supported.",
+        )
     companions = []
     for i, o in pairs:
         if (i, o) == place.pair:
@@ -362,22 +390,27 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
                 call.fqn, "it carries several streams of one token count", "One stream is cached, and others must have counts of their own."
             )
         companions.append(Companion(i, o, tuple(call.tensors[i].shape), call.tensors[i].dtype))
-    layouts = _attention_layouts(body, call, place)
+    probe = _probe(body, call, place)
     nodes = {n.name: n for n in body.graph_module.graph.nodes}
     attentions, queries = [], {}
-    for name, (query, key) in layouts.items():
-        if not all(_mentions(_shape(nodes[name].args[i])[-2], token) for i in (0, 1)):
-            continue
+    for name, (query, key) in probe.layouts.items():
+        if not _mentions(_shape(nodes[name].args[1])[-2], token):
+            continue  # cross-attention to what is not cached stays as it is
         if key is None:
             raise UnsupportedModelError(
                 call.fqn, "the cached tokens do not stand together among the keys of its attention", "Its tokens cannot be told apart."
             )
-        attentions.append(Attention(name, key))
+        keys_node: Any = nodes[name].args[1]
+        batch = call.tensors[stream_input].shape[0]
+        mask = attention_mask(nodes[name])
+        between = mask is not None and probe.shapes[mask.name][-2] > 1
+        mask_rows = (query, probe.shapes[mask.name][0] == batch) if between and mask is not None and query is not None else None
+        attentions.append(Attention(name, key, probe.shapes[keys_node.name][0] == batch, mask_rows))
         queries[name] = query
     positions = [stream_input, *(c.input for c in companions)]
     sides = _side_inputs(call, inputs, positions, token, place, [a.keys for a in attentions])
     per_token = [inputs[p] for p in positions]
-    given = _attention_outputs(body, nodes, queries, per_token, token, place)
+    given = _attention_outputs(body, queries, per_token, token, place, probe)
     roles = Roles(stream_input, stream_output, 1, place.layout, tuple(companions), sides, tuple(attentions), given)
     analysed = replace(body, roles=roles)
     _permutation_test(analysed, call, place.tokens)
@@ -399,13 +432,18 @@ def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
         first, last = torch.arange(layout.before), torch.arange(layout.after) + layout.before + tokens
         return torch.cat([first, chosen + layout.before, last]).to(device)
 
-    axes = {roles.stream_input: (1, roles.layout)} | {side.position: (side.token_dim, side.layout) for side in roles.side_inputs}
+    axes: dict[int, tuple[tuple[int, ...], Layout]] = {roles.stream_input: ((1,), roles.layout)}
+    for side in roles.side_inputs:
+        axes[side.position] = ((side.token_dim,) if side.other_dim is None else (side.token_dim, side.other_dim), side.layout)
     for position in axes:
         t = tensors[position]
         if t.is_floating_point() or t.is_complex():
             tensors[position] = torch.randn(t.shape, generator=draw, dtype=t.dtype if t.is_complex() else None).to(t)
     weights = _weights(body, call)
-    permuted = [t.index_select(axes[i][0], order(axes[i][1])) if i in axes else t for i, t in enumerate(tensors)]
+    permuted = list(tensors)
+    for i, (dims, layout) in axes.items():
+        for dim in dims:
+            permuted[i] = permuted[i].index_select(dim, order(layout))
     with torch.no_grad():
         plain = body.graph_module(*weights, *tensors)
         moved = body.graph_module(*weights, *permuted)
@@ -435,6 +473,18 @@ def _check_outputs(program: BlockProgram, block: Block, pairs: Sequence[tuple[in
             )
 
 
+def _grids(captured: Capture, places: Sequence[_Place]) -> list[tuple[int, int, int]]:
+    """[batch, cached tokens, channels] of every block."""
+    streams = [call.tensors[place.pair[0]].shape for call, place in zip(captured.calls, places, strict=True)]
+    return [(shape[0], place.tokens, shape[-1]) for shape, place in zip(streams, places, strict=True)]
+
+
+def _first_other(program: BlockProgram, captured: Capture, places: Sequence[_Place]) -> str:
+    """The first block whose tokens are not the first block's."""
+    grids = _grids(captured, places)
+    return next(block.fqn for block, grid in zip(program.blocks, grids, strict=True) if grid != grids[0])
+
+
 def analyse(program: BlockProgram, captured: Capture) -> BlockProgram:
     """Give every body its roles, and the program its stream."""
     first_of = {block.body: block for block in reversed(program.blocks)}
@@ -452,13 +502,12 @@ def analyse(program: BlockProgram, captured: Capture) -> BlockProgram:
         analyse_body(body, call, places[first_of[index].index], pairs[index])
         for index, (body, call) in enumerate(zip(program.bodies, calls, strict=True))
     ]
-    shapes = {
-        (call.tensors[place.pair[0]].shape[0], place.tokens, call.tensors[place.pair[0]].shape[-1])
-        for call, place in zip(captured.calls, places, strict=True)
-    }
+    shapes = set(_grids(captured, places))
     if len(shapes) != 1:
         raise UnsupportedModelError(
-            "the model", f"its blocks carry tokens of different shapes: {sorted(shapes)}", "One token count is needed."
+            _first_other(program, captured, places),
+            f"its tokens are not those of the blocks before it: [batch, tokens, channels] are {' and '.join(map(str, sorted(shapes)))}",
+            "All blocks must carry the same tokens.",
         )
     batch, tokens, channels = next(iter(shapes))
     like = calls[0].tensors[places[0].pair[0]]

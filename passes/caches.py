@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheSpec, CacheUnit
 from tokencache_compile.plan import CacheConfig, CachePlan
 
@@ -52,6 +53,15 @@ def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> 
     body = program.body_of(program.blocks[unit.first])
     roles, nodes = body.known_roles, {n.name: n for n in body.graph_module.graph.nodes}
     specs: list[tuple[CacheSpec, ...]] = []
+    context = plan.config.context
+    unbatched = [a.node for a in roles.attentions if context == "cached" and not a.has_batch]
+    unbatched += [o.node for o in roles.attention_outputs if context == "reuse" and not o.has_batch]
+    if unbatched:
+        raise UnsupportedModelError(
+            program.blocks[unit.first].fqn,
+            f"its attention runs sample by sample, so context={plan.config.context!r} has nothing of the whole batch to cache",
+            'Use context="kept" or "full".',
+        )
     if plan.config.context == "cached":
         for number, attention in enumerate(roles.attentions):
             suffix = f"{unit.name}_{number}" if len(roles.attentions) > 1 else unit.name

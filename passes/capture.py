@@ -56,6 +56,11 @@ def _keeps_a_stream(call: BlockCall) -> bool:
     return any((t.shape, t.dtype) in given for t in call.output_tensors)
 
 
+def first_line(error: Exception) -> str:
+    """What torch says first; its hints to developers follow after it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _lists_of(calls: Iterable[BlockCall]) -> set[str]:
     return {call.fqn.rpartition(".")[0] for call in calls}
 
@@ -241,7 +246,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
         except Exception as error:
             raise UnsupportedModelError(
                 type(model).__name__,
-                f"torch.export cannot capture what stands around its blocks: {error}",
+                f"torch.export cannot capture what stands around its blocks: {first_line(error)}",
                 "See docs/architecture.md, capture.",
             ) from error
     inputs = tuple(leaf for leaf in pytree.tree_leaves(((), dict(kwargs))) if isinstance(leaf, Tensor))

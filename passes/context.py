@@ -19,8 +19,8 @@ from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from tokencache_compile.errors import UnsupportedModelError
-from tokencache_compile.ir import Body, Layout
-from tokencache_compile.passes.analysis import body_outputs, placeholders
+from tokencache_compile.ir import Attention, Body, Layout
+from tokencache_compile.passes.analysis import attention_mask, body_outputs, placeholders
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.plan import Context
 
@@ -123,35 +123,44 @@ class BodyCopy:
         """
         stored = iter(given)
         roles = self.body.known_roles
-        keys = {attention.node: attention.keys for attention in roles.attentions}
+        attentions = {attention.node: attention for attention in roles.attentions}
         outputs = {output.node for output in roles.attention_outputs}
         for node in self._nodes():
             if context == "reuse" and node.name in outputs:
                 self.kept[node] = tokens_first(next(stored), node.meta["val"].dim()).node
-            elif context in ("full", "cached") and node.name in keys:
-                self.kept[node] = self._attend(node, keys[node.name], context, stored, kept, new_caches)
+            elif context in ("full", "cached") and node.name in attentions:
+                self.kept[node] = self._attend(node, attentions[node.name], context, stored, kept, new_caches)
             else:
                 self._copy(node, self.kept)
         return self._results(self.kept)
 
-    def _attend(self, node: Node, layout: Layout, context: Context, stored: Any, kept: KeptRows, new_caches: list[Any]) -> Node:
+    def _attend(self, node: Node, attention: Attention, context: Context, stored: Any, kept: KeptRows, new_caches: list[Any]) -> Node:
         """The attention of kept queries to every token's keys and values."""
         keys_values = _keys_values(node)
         if context == "full":
             key, value = self._copy_ancestors(keys_values, self.all_tokens)
         else:
-            key, value = (self._refreshed(part, layout, next(stored), kept, new_caches) for part in keys_values)
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        all_mask = None
-        if isinstance(mask, Node) and mask in self.per_token:
-            if mask.meta["val"].shape[-2] != 1:
-                raise UnsupportedModelError(self.body.name, "its self-attention mask is per pair of tokens", 'Use context="kept".')
-            (all_mask,) = self._copy_ancestors([mask], self.all_tokens)
+            key, value = (self._refreshed(part, attention.keys, next(stored), kept, new_caches) for part in keys_values)
+        mask = attention_mask(node)
+        all_mask = self._mask_of_all(mask, attention, kept) if mask is not None and mask in self.per_token else None
         new = self.graph.node_copy(node, lambda n: self.kept[n])
         new.args = (new.args[0], key, value, *new.args[3:])
-        if isinstance(mask, Node) and all_mask is not None:
+        if mask is not None and all_mask is not None:
             new.replace_input_with(self.kept[mask], all_mask)
         return new
+
+    def _mask_of_all(self, mask: Node, attention: Attention, kept: KeptRows) -> Node:
+        """The mask over every token's keys; of one between tokens, the kept queries' rows."""
+        (all_mask,) = self._copy_ancestors([mask], self.all_tokens)
+        if attention.mask_rows is None:
+            return all_mask
+        layout, has_batch = attention.mask_rows
+        if not has_batch and not self.body.known_roles.needs_shared_index:
+            raise UnsupportedModelError(
+                self.body.name, "its self-attention mask between tokens is one for all samples", 'Use context="kept".'
+            )
+        rows: Proxy = kept.take_along(Proxy(all_mask, self.tracer), mask.meta["val"].dim() - 2, has_batch, layout)
+        return rows.node
 
     def _refreshed(self, part: Node, layout: Layout, stored: Any, kept: KeptRows, new_caches: list[Any]) -> Node:
         """Keys or values of all tokens: the kept ones' put into the cache; rows of other tokens are fresh, on their side of it."""

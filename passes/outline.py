@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
-from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, lifted_names
+from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
@@ -74,7 +74,7 @@ def _body(name: str, call: BlockCall) -> Body:
         exported = _export_block(call)
     except Exception as error:
         raise UnsupportedModelError(
-            call.fqn, f"torch.export cannot capture the block with a free token count: {error}", "Its tokens are not separable."
+            call.fqn, f"torch.export cannot capture the block with a free token count: {first_line(error)}", "Its tokens are not separable."
         ) from error
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs) or _writes_to_inputs(exported.graph):
         raise UnsupportedModelError(

@@ -118,8 +118,10 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, c
     x_kept = kept.take(x, layout)
     kept_inputs[roles.stream_input] = x_kept.node
     for side in roles.side_inputs:
-        value = region.proxy(region.inputs[side.position])
-        kept_inputs[side.position] = kept.take_along(value, side.token_dim, side.has_batch, side.layout).node
+        value = kept.take_along(region.proxy(region.inputs[side.position]), side.token_dim, side.has_batch, side.layout)
+        if side.other_dim is not None:
+            value = kept.take_along(value, side.other_dim, side.has_batch, side.layout)
+        kept_inputs[side.position] = value.node
 
     copy = BodyCopy(region.tracer, body, region.weights, region.inputs, kept_inputs)
     new_context: list[Any] = []

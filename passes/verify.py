@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 
 from tokencache_compile.errors import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, Capture, StepProgram
@@ -36,30 +36,37 @@ def verify_blocks(program: BlockProgram) -> None:
 
 
 def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int]) -> int:
-    """Run the step on shapes alone: caches come out as they went in. Returns the step's MACs.
+    """Run the step on shapes alone, where they suffice: caches come out as they went in. Returns the step's MACs.
 
     Args:
-        inputs: example inputs (only their shapes are used).
+        inputs: example inputs (their values are used only where shapes depend on them).
         num_random: shape [1, L cached, N] of the ``random_scores`` input, if the step has one.
     """
     step.module.graph.lint()
     if any(n.target is BLOCK_OP for n in step.module.graph.nodes):
         raise InvariantError("a block call of the skeleton was left in a step graph")
-    device = inputs[0].device
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fakes: list[Tensor] = [mode.from_tensor(t) for t in inputs]
-        for name in extra_inputs(step):
-            fakes.append(torch.empty(num_random if name == "random_scores" else (), device=device))
-        fakes += [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
-        counter = MacCounter()
-        with counter:
-            results = step.module(*fakes)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            results, macs = _counted(step, [mode.from_tensor(t) for t in inputs], num_random)
+    except (DynamicOutputShapeException, UnsupportedOperatorException):
+        results, macs = _counted(step, inputs, num_random)  # a mask's values decide shapes in it, so it needs values
     if len(results) != step.num_outputs + len(step.caches):
         raise InvariantError(f"a step of {len(step.caches)} caches returned {len(results)} values")
     for spec, value in zip(step.caches, results[step.num_outputs :], strict=True):
         if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
             raise InvariantError(f"cache {spec.name} {spec.shape} {spec.dtype} came out as {tuple(value.shape)} {value.dtype}")
-    return counter.macs
+    return macs
+
+
+def _counted(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int]) -> tuple[Sequence[Tensor], int]:
+    """Results and MACs of one run on ``inputs`` and empty caches."""
+    device = inputs[0].device
+    rest = [torch.zeros(num_random if name == "random_scores" else (), device=device) for name in extra_inputs(step)]
+    rest += [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
+    counter = MacCounter()
+    with counter, torch.no_grad():
+        results: Sequence[Tensor] = step.module(*inputs, *rest)
+    return results, counter.macs
 
 
 def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) -> None:

@@ -182,11 +182,16 @@ class PlainBlocks:
                 return sdpa(query, key, value, attn_mask, *rest, **more)
             if self.context == "reuse":
                 return all_out.index_select(-2, self._rows(all_out.shape[-2], others, kept))
+            if all_mask is not None:
+                queries = self._rows(all_mask.shape[-2], others, kept)
+                all_rows = all_mask if queries is None else all_mask.index_select(-2, queries)
+            else:
+                all_rows = None
             if self.context == "full":
-                return sdpa(query, all_keys, all_values, all_mask, *rest, **more)
+                return sdpa(query, all_keys, all_values, all_rows, *rest, **more)
             keys, values = all_keys.clone(), all_values.clone()
             keys[..., rows, :], values[..., rows, :] = key, value
-            return sdpa(query, keys, values, all_mask, *rest, **more)
+            return sdpa(query, keys, values, all_rows, *rest, **more)
 
         return attend
 

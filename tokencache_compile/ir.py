@@ -71,20 +71,30 @@ class Layout:
 
 @dataclass(frozen=True)
 class SideInput:
-    """A tensor input of a block other than its streams that has a token axis (rotary tables, masks)."""
+    """A tensor input of a block other than its streams that has a token axis (rotary tables, masks).
+
+    A mask between tokens has a second one, ``other_dim``.
+    """
 
     position: int
     token_dim: int
     has_batch: bool
     layout: Layout = Layout()
+    other_dim: int | None = None
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One self-attention of a body: the call node, and how its keys lie. Joint attention has the text's keys beside the tokens'."""
+    """One self-attention of a body: the call node, and how its keys lie. Joint attention has the text's keys beside the tokens'.
+
+    ``has_batch`` is False where its rows are not the stream's samples (Mochi attends sample by sample). ``mask_rows`` tells
+    how the queries lie, and whether each sample has its own, where the mask is one between tokens.
+    """
 
     node: str
     keys: Layout
+    has_batch: bool = True
+    mask_rows: tuple[Layout, bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,7 @@ class AttentionOutput:
     node: str
     rows: int
     layout: Layout | None
+    has_batch: bool = True
 
 
 @dataclass(frozen=True)

@@ -39,15 +39,23 @@ def _(tensors: list[Tensor], spec: str) -> list[Tensor]:
 BLOCK_OP = torch.ops.tokencache_compile.block.default
 
 
-def candidate_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Members of the model's outermost ``ModuleList`` s that own parameters, by module path, in definition order."""
-    lists: list[str] = []
-    found: dict[str, nn.Module] = {}
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The model's outermost ``ModuleList`` s by module path, in definition order."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
-            lists.append(name)
-            found |= {f"{name}.{key}": child for key, child in module.named_children() if any(True for _ in child.parameters())}
-    return found
+            lists[name] = module
+    return lists
+
+
+def candidate_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Members of the model's :func:`block_lists` that own parameters, by module path, in definition order."""
+    return {
+        f"{name}.{key}": child
+        for name, modules in block_lists(model).items()
+        for key, child in modules.named_children()
+        if any(True for _ in child.parameters())
+    }
 
 
 def _keeps_a_stream(call: BlockCall) -> bool:
@@ -203,13 +211,14 @@ def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ..
     return tuple(position for position, name in enumerate(of) if name == first)
 
 
-def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
+def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> Capture:
     """Capture ``model`` for the signature of ``kwargs``.
 
     Args:
         model: a transformer in eval mode.
         kwargs: keyword arguments of one forward call but ``return_dict``; tensors fix shapes, dtypes and device, everything
             else is constant.
+        left_out: lists of blocks (module paths) that stay part of the model around the blocks.
 
     Returns:
         The skeleton, the block calls of the eager run and its tensors in and out.
@@ -219,7 +228,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
         UnsupportedModelError: no block that keeps a token stream was found, or ``torch.export`` cannot capture the model.
     """
     has_switch = "return_dict" in inspect.signature(model.forward).parameters
-    candidates = candidate_blocks(model)
+    candidates = {fqn: block for fqn, block in candidate_blocks(model).items() if fqn.rpartition(".")[0] not in left_out}
     calls: list[BlockCall] = []
     with torch.no_grad():
         try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
 from tokencache_compile.passes.analysis import analyse
 from tokencache_compile.passes.cached_step import make_cached
-from tokencache_compile.passes.capture import capture
+from tokencache_compile.passes.capture import block_lists, capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
 from tokencache_compile.passes.outline import outline
@@ -61,13 +62,28 @@ class StepPrograms:
 def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram, Capture]:
     """Capture → outline → analyse: all that does not depend on settings.
 
+    Where a model has several lists of blocks and one of them cannot be cached (VACE's control blocks, Latte's blocks over time),
+    that list becomes part of the model around the others, which runs in full on every step; the provenance tells.
+
     Raises:
-        InputError, UnsupportedModelError: see the passes.
+        InputError: see :func:`capture`.
+        UnsupportedModelError: the first refusal, if no list of blocks can be cached.
     """
-    captured = capture(model, kwargs)
-    program = outline(captured, model)
-    verify_blocks(program)
-    return analyse(program, captured), captured
+    left_out: dict[str, UnsupportedModelError] = {}
+    while True:
+        try:
+            captured = capture(model, kwargs, frozenset(left_out))
+            program = outline(captured, model)
+            verify_blocks(program)
+            program = analyse(program, captured)
+        except UnsupportedModelError as refusal:
+            blocks = refusal.where.rpartition(".")[0]
+            if blocks not in block_lists(model) or blocks in left_out or len(block_lists(model)) - len(left_out) == 1:
+                raise next(iter(left_out.values()), refusal) from refusal
+            left_out[blocks] = refusal
+        else:
+            notes = tuple(f"left out {name}: {refusal.reason}" for name, refusal in left_out.items())
+            return replace(program, provenance=(*notes, *program.provenance)), captured
 
 
 def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:

@@ -171,8 +171,21 @@ def _interval(rows: Tensor) -> tuple[Layout, int] | None:
     return Layout(marked[0], len(rows) - 1 - marked[-1]), len(marked)
 
 
+def _only_stream(block: Block, call: BlockCall, pairs: Sequence[tuple[int, int]]) -> _Place:
+    if len(pairs) > 1:
+        raise UnsupportedModelError(
+            block.fqn, "its streams are told apart by values, and a model on the meta device has none", "Build the model on the CPU."
+        )
+    return _Place(pairs[0], Layout(), call.tensors[pairs[0][0]].shape[1])
+
+
 def _places(program: BlockProgram, captured: Capture, pairs: Sequence[Sequence[tuple[int, int]]]) -> list[_Place]:
-    """Every block's cached tokens; of several streams made from the sample the longest counts."""
+    """Every block's cached tokens; of several streams made from the sample the longest counts.
+
+    On the meta device there are no values to tell them by: there a block must have one stream, and all of it is taken.
+    """
+    if any(call.tensors[pairs[block.body][0][0]].is_meta for block, call in zip(program.blocks, captured.calls, strict=True)):
+        return [_only_stream(block, call, pairs[block.body]) for block, call in zip(program.blocks, captured.calls, strict=True)]
     runs = []
     for inputs in (captured.example_inputs, disturbed(captured.example_inputs, captured.sample_inputs)):
         run = _BlocksAsIdentity(program, captured, pairs)
@@ -241,6 +254,7 @@ def _probe(body: Body, call: BlockCall, place: _Place) -> _Probe:
     """Run a body twice, the second time with other cached tokens."""
     tensors = list(call.tensors)
     stream = tensors[place.pair[0]].clone()
+    on_meta = stream.is_meta
     tokens = stream.narrow(1, place.layout.before, place.tokens)
     tokens.add_(torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).to(tokens))
     runs = []
@@ -253,6 +267,9 @@ def _probe(body: Body, call: BlockCall, place: _Place) -> _Probe:
     for name, values in runs[0].seen.items():
         found = []
         for one, other in zip(values, runs[1].seen[name], strict=True):
+            if on_meta:  # one stream, all of it: see _places
+                found.append(Layout() if one.shape[-2] == place.tokens else None)
+                continue
             interval = _interval(_changed(one, other, one.dim() - 2))
             found.append(interval[0] if interval is not None and interval[1] == place.tokens else None)
         layouts[name] = (found[0], found[1])
@@ -413,7 +430,8 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
     given = _attention_outputs(body, queries, per_token, token, place, probe)
     roles = Roles(stream_input, stream_output, 1, place.layout, tuple(companions), sides, tuple(attentions), given)
     analysed = replace(body, roles=roles)
-    _permutation_test(analysed, call, place.tokens)
+    if not call.tensors[stream_input].is_meta:
+        _permutation_test(analysed, call, place.tokens)
     return analysed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,9 @@ def _(tensors: list[Tensor], spec: str) -> list[Tensor]:
 
 
 BLOCK_OP = torch.ops.tokencache_compile.block.default
+
+# What step graphs call their own inputs and outputs; an argument of the model with such a name gets another in the graphs.
+_TAKEN = re.compile(r"step|stamps|random_scores|next_.*|(update|stamps|score|scores|key|value|attention|index)_\d.*")
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -87,7 +91,7 @@ def _on_the_sample(
 
     Only a model with several lists of blocks can have others, so only such a model is run once more, on another sample.
     """
-    if len(_lists_of(calls)) < 2:
+    if len(_lists_of(calls)) < 2 or any(tensor.is_meta for call in calls for tensor in call.tensors):
         return calls
     leaves, spec = pytree.tree_flatten(dict(kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -190,7 +194,7 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
                 root[target] = exported.constants[target] if target in exported.constants else exported.state_dict[target]
                 env[node] = graph.get_attr(target)
             elif isinstance(node.meta.get("val"), Tensor):
-                env[node] = graph.placeholder(node.name)
+                env[node] = graph.placeholder(f"{node.name}_in" if _TAKEN.fullmatch(node.name) else node.name)
             else:
                 continue  # a constant argument (None, a flag): nothing reads it
             env[node].meta = dict(node.meta)

@@ -21,7 +21,9 @@ from torch.fx.proxy import GraphAppendingTracer
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Attention, Body, Layout
 from tokencache_compile.passes.analysis import attention_mask, body_outputs, placeholders
+from tokencache_compile.passes.groups import attend_by_group
 from tokencache_compile.passes.kept_rows import KeptRows
+from tokencache_compile.passes.pair_mask import pair_mask
 from tokencache_compile.plan import Context
 
 
@@ -79,9 +81,14 @@ class BodyCopy:
         return [env[node] for node in body_outputs(self.body)]
 
     def run(self) -> list[Node]:
-        """The body on all tokens; returns its outputs."""
+        """The body on all tokens, in their own order; returns its outputs."""
+        grouped = {a.node: a.groups for a in self.body.known_roles.attentions}
         for node in self._nodes():
-            self._copy(node, self.all_tokens)
+            groups = grouped.get(node.name)
+            if groups is None:
+                self._copy(node, self.all_tokens)
+            else:
+                self.all_tokens[node] = attend_by_group(node, groups, lambda n: Proxy(self.all_tokens[n], self.tracer)).node
         return self._results(self.all_tokens)
 
     def context_values(self, context: Context, tokens: int) -> list[Node]:
@@ -99,7 +106,8 @@ class BodyCopy:
                 values.append(tokens_first(Proxy(self.all_tokens[node], self.tracer), node.meta["val"].dim()))
         return [value.contiguous().node for value in values]
 
-    def _copy_ancestors(self, targets: Sequence[Node], env: dict[Node, Node]) -> list[Node]:
+    def copy_ancestors(self, targets: Sequence[Node], env: dict[Node, Node]) -> list[Node]:
+        """The copies of ``targets`` in ``env`` (all tokens, or the kept ones), made with what they are made from."""
         needed = set(targets)
         for node in reversed(self.source.nodes):
             if node in needed and node not in env:
@@ -138,7 +146,7 @@ class BodyCopy:
         """The attention of kept queries to every token's keys and values."""
         keys_values = _keys_values(node)
         if context == "full":
-            key, value = self._copy_ancestors(keys_values, self.all_tokens)
+            key, value = self.copy_ancestors(keys_values, self.all_tokens)
         else:
             key, value = (self._refreshed(part, attention.keys, next(stored), kept, new_caches) for part in keys_values)
         mask = attention_mask(node)
@@ -150,10 +158,13 @@ class BodyCopy:
         return new
 
     def _mask_of_all(self, mask: Node, attention: Attention, kept: KeptRows) -> Node:
-        """The mask over every token's keys; of one between tokens, the kept queries' rows."""
-        (all_mask,) = self._copy_ancestors([mask], self.all_tokens)
-        if attention.mask_rows is None:
-            return all_mask
+        """The mask over every token's keys; one between tokens is made anew for the kept queries, or cut out of the whole one."""
+        try:
+            return pair_mask(self, mask)
+        except UnsupportedModelError:
+            if attention.mask_rows is None:
+                raise
+        (all_mask,) = self.copy_ancestors([mask], self.all_tokens)
         layout, has_batch = attention.mask_rows
         if not has_batch and not self.body.known_roles.needs_shared_index:
             raise UnsupportedModelError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
@@ -16,47 +16,28 @@ from tokencache_compile.passes.cached_step import make_cached
 from tokencache_compile.passes.capture import block_lists, capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
+from tokencache_compile.passes.groups import find_groups
 from tokencache_compile.passes.outline import outline
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
-from tokencache_compile.plan import CacheConfig, CachePlan, resolve_plan
+from tokencache_compile.plan import CacheConfig, resolve_plan
 from tokencache_compile.predictor import CachePredictor
+from tokencache_compile.step_table import StepTable
 
 
 @dataclass(frozen=True)
-class StepPrograms:
+class StepPrograms(StepTable):
     """Everything compiled for one input signature.
 
     Attributes:
         full: the I-step.
         cached: a P-step for each keep profile of the plan; empty where nothing is cached.
-        macs: MACs of the I-step and of each P-step, predictor included.
     """
 
     program: BlockProgram
-    plan: CachePlan
     units: tuple[CacheUnit, ...]
     full: StepProgram
     cached: tuple[StepProgram, ...]
-    macs_full: int
-    macs_cached: tuple[int, ...]
     output_spec: Any
-
-    @property
-    def random_shape(self) -> tuple[int, int, int]:
-        """[1, L cached, N]: scores of the ``random`` scorer, the same for every row."""
-        return (1, self.plan.num_cached, self.plan.tokens)
-
-    def step_inputs(self, step: int, device: torch.device) -> list[Tensor]:
-        """What a program takes between the model's tensors and the caches: the step's index, and random scores if it uses them."""
-        inputs = [torch.full((), float(step), device=device)]
-        if self.plan.config.scorer == "random":
-            draw = torch.Generator().manual_seed(step)  # the same for both guidance branches
-            inputs.append(torch.rand(self.random_shape, generator=draw).to(device))
-        return inputs
-
-    def initial_caches(self, device: torch.device) -> list[Tensor]:
-        """The caches of a new request."""
-        return [torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device) for spec in self.full.caches]
 
 
 def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram, Capture]:
@@ -78,8 +59,11 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
             program = analyse(program, captured)
         except UnsupportedModelError as refusal:
             blocks = refusal.where.rpartition(".")[0]
-            if blocks not in block_lists(model) or blocks in left_out or len(block_lists(model)) - len(left_out) == 1:
-                raise next(iter(left_out.values()), refusal) from refusal
+            lists = block_lists(model)
+            if blocks not in lists or len(lists) - len(left_out) == 1:
+                if not left_out:
+                    raise
+                raise next(iter(left_out.values())) from refusal
             left_out[blocks] = refusal
         else:
             notes = tuple(f"left out {name}: {refusal.reason}" for name, refusal in left_out.items())
@@ -89,9 +73,12 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
 def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
     """Plan → fold → I-step and P-steps, verified after each.
 
+    A model on the meta device gives the same graphs and MACs; what compares values is left out, as there are none.
+
     Raises:
         UnsupportedModelError, ConfigError: see the passes.
     """
+    program = find_groups(program)
     must_share = any(body.known_roles.needs_shared_index for body in program.bodies)
     stream = program.known_stream
     plan = resolve_plan(config, len(program.blocks), stream.tokens, must_share, stream.batch)
@@ -101,7 +88,8 @@ def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, pred
         shapes = {n: tuple(program.tensors[f"{first.fqn}.{n}"].shape) for n in names}
         predictor.check_fits(stream.channels, len(program.blocks), shapes)
     caching = plan.config.ratio > 0
-    if caching and plan.config.context != "kept":
+    has_values = stream.device.type != "meta"
+    if caching and plan.config.context != "kept" and has_values:
         verify_context(program, captured, plan)
     units = fold_skipped(program, plan) if caching else ()
     extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
@@ -109,9 +97,10 @@ def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, pred
     cached = tuple(make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
     random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
-    steps = StepPrograms(program, plan, units, full, cached, macs_full, tuple(macs_cached), captured.output_spec)
-    initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
-    same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
+    steps = StepPrograms(plan, full.caches, macs_full, tuple(macs_cached), program, units, full, cached, captured.output_spec)
+    if has_values:
+        initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
+        same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
     return steps
 
 

@@ -60,8 +60,12 @@ class _RegionGraph:
 
 
 def plain_region(body: Body) -> Region:
-    """The block as it is: ``(*weights, *inputs) -> outputs``."""
-    return Region(body.graph_module)
+    """The block as it is on all tokens: ``(*weights, *inputs) -> outputs``."""
+    if all(attention.groups is None for attention in body.known_roles.attentions):
+        return Region(body.graph_module)
+    region = _RegionGraph(body)
+    copy = BodyCopy(region.tracer, body, region.weights, region.inputs)
+    return region.finish(body, [region.proxy(node) for node in copy.run()])
 
 
 def full_region(body: Body, config: CacheConfig, stream: Stream, has_score: bool) -> Region:

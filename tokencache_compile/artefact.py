@@ -11,16 +11,15 @@ All but the first and the last are optional. Nothing is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ModelCardData, snapshot_download
@@ -30,10 +29,12 @@ from torch import Tensor, nn
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.fingerprint import base_model, explain_difference, fingerprint
+from tokencache_compile.json_data import from_json
 from tokencache_compile.passes.capture import candidate_blocks
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
-from tokencache_compile.schedule import Schedule, is_ints
+from tokencache_compile.schedule import is_ints
+from tokencache_compile.whole_directory import sha256, written_whole
 
 FORMAT_VERSION = 1
 LIBRARY = "tokencache-compile"
@@ -42,8 +43,6 @@ _MANIFEST, _CARD = "tokencache.json", "README.md"
 _PREDICTOR, _CALIBRATION = "predictor.safetensors", "calibration.safetensors"
 _ADAPTER_FILES = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 _DATA_FILES = (_PREDICTOR, *_ADAPTER_FILES, _CALIBRATION)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +91,8 @@ class CacheArtefact:
         """
         target = Path(directory).resolve()
         _check_replaceable(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            new, old = Path(scratch, "new"), Path(scratch, "old")
-            new.mkdir()
-            self._write(new)
-            try:
-                if target.exists():
-                    target.rename(old)
-                new.rename(target)
-            except BaseException:
-                if old.exists() and not target.exists():
-                    old.rename(target)
-                raise
+        with written_whole(target) as folder:
+            self._write(folder)
 
     def _write(self, folder: Path) -> None:
         if self.predictor is not None:
@@ -123,7 +111,7 @@ class CacheArtefact:
             "steps": self.steps,
             "provenance": self.provenance,
             "base": self.base,
-            "files": {name: _sha256(folder / name) for name in _DATA_FILES if (folder / name).exists()},
+            "files": {name: sha256(folder / name) for name in _DATA_FILES if (folder / name).exists()},
         }
         try:
             text = json.dumps(manifest, indent=1, allow_nan=False)
@@ -169,7 +157,7 @@ class CacheArtefact:
         folder = _locate(name_or_path, revision, cache_dir, token, local_files_only)
         manifest = _read_manifest(folder / _MANIFEST)
         _check_files(folder, manifest["files"])
-        config = _config_of(manifest["config"], str(folder / _MANIFEST))
+        config = _config_of(manifest["config"], folder / _MANIFEST)
         _check_base(manifest["base"], base, str(folder))
         listed = manifest["files"]
         try:
@@ -219,11 +207,6 @@ class CacheArtefact:
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_replaceable(target: Path) -> None:
@@ -327,7 +310,7 @@ def read_config(folder: Path) -> CacheConfig:
     """
     manifest = _read_manifest(folder / _MANIFEST)
     _check_files(folder, manifest["files"])
-    return _config_of(manifest["config"], str(folder / _MANIFEST))
+    return _config_of(manifest["config"], folder / _MANIFEST)
 
 
 def _check_files(folder: Path, listed: Mapping[str, Any]) -> None:
@@ -344,28 +327,15 @@ def _check_files(folder: Path, listed: Mapping[str, Any]) -> None:
             continue
         if not path.is_file():
             raise ConfigError(f"{path} is missing. {remedy}")
-        if (found := _sha256(path)) != listed[name]:
+        if (found := sha256(path)) != listed[name]:
             raise ConfigError(f"{path} was changed or cut short: its SHA-256 is {found}, and {_MANIFEST} says {listed[name]}. {remedy}")
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _built(cls: type[T], value: Any, where: str) -> T:
-    """The dataclass with exactly the fields of a JSON object."""
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    if not isinstance(value, dict) or value.keys() != known:
-        found = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
-        raise ConfigError(f"{where} has {found} for a {cls.__name__}; exactly {', '.join(sorted(known))} are needed.")
+def _config_of(value: dict[str, Any], path: Path) -> CacheConfig:
     try:
-        return cls(**{name: _tuples(setting) for name, setting in value.items()})
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _config_of(value: dict[str, Any], where: str) -> CacheConfig:
-    return _built(CacheConfig, value | {"schedule": _built(Schedule, value.get("schedule"), where)}, where)
+        return from_json(CacheConfig, value, f"{path}: config")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_base(base: Mapping[str, Any], model: nn.Module, what: str) -> None:

@@ -6,13 +6,11 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from tokencache_compile.errors import InputError
 
 
-def bind_call(model: nn.Module, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one call by name, in the order of ``signature`` (the model's forward), defaults filled in.
+def bind_call(name: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of the model ``name``, in the order of ``signature`` (its forward), defaults filled in.
 
     Raises:
         InputError: they do not fit the model's forward.
@@ -21,12 +19,12 @@ def bind_call(model: nn.Module, signature: inspect.Signature, args: Sequence[Any
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise InputError(
-            f"this call does not fit {type(model).__name__}.forward{signature}: {error}. "
+            f"this call does not fit {name}.forward{signature}: {error}. "
             f"It was given {len(args)} positional arguments and {sorted(kwargs) or 'no keywords'}."
         ) from error
     bound.apply_defaults()
     call = dict(bound.arguments)
-    for name, parameter in signature.parameters.items():
+    for argument, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            call |= call.pop(name)  # every argument is handed on by its own name
+            call |= call.pop(argument)  # every argument is handed on by its own name
     return call

@@ -12,8 +12,9 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.export import cpu_kernels
 from tokencache_compile.export.inductor import compile_step
 from tokencache_compile.ir import StepProgram
+from tokencache_compile.passes.pipeline import StepPrograms
 
-Backend = Literal["eager", "inductor"]
+Backend = Literal["inductor", "eager", "onnxruntime", "tensorrt", "tensorrt_rtx"]
 
 
 class Engine(Protocol):
@@ -43,9 +44,21 @@ class TorchEngine:
 def check_backend(backend: str) -> None:
     """Raise a ConfigError for a backend that is not there."""
     if backend not in get_args(Backend):
-        raise ConfigError(f'backend={backend!r} was asked for; it is "inductor" (torch.compile) or "eager".')
+        raise ConfigError(f"backend={backend!r} was asked for; it is one of {', '.join(map(repr, get_args(Backend)))}.")
 
 
-def make_engine(backend: str, step: StepProgram) -> Engine:
-    """The engine of ``backend`` for ``step``; compiled ones compile at their first call."""
-    return TorchEngine(step, compiled=backend == "inductor")
+def make_engines(backend: str, steps: StepPrograms) -> Sequence[Engine]:
+    """The engines of ``backend`` for the I-step and then each P-step; inductor compiles at their first call.
+
+    Raises:
+        ExportError: another runtime refuses the graphs, or its package is missing.
+    """
+    if backend == "onnxruntime":
+        from tokencache_compile.export.local import onnxruntime_engines
+
+        return onnxruntime_engines(steps)
+    if backend in ("tensorrt", "tensorrt_rtx"):
+        from tokencache_compile.export.local import tensorrt_engines
+
+        return tensorrt_engines(steps, backend)
+    return [TorchEngine(step, compiled=backend == "inductor") for step in (steps.full, *steps.cached)]

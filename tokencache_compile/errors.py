@@ -25,3 +25,11 @@ class UnsupportedModelError(TokenCacheError):
 
 class InvariantError(TokenCacheError):
     """A pass produced a program that is not what it promised: a bug of this package, not of the caller."""
+
+
+class ExportError(TokenCacheError):
+    """An engine, a package or the disk refuses what was to be exported."""
+
+
+class BundleError(TokenCacheError):
+    """A bundle is not what its manifest says, or does not fit this machine or call."""

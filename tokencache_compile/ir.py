@@ -84,17 +84,27 @@ class SideInput:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Equal groups of tokens that an attention's mask keeps apart: how many, and the nodes of the numbers and of the keys' bias."""
+
+    count: int
+    group: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
 class Attention:
     """One self-attention of a body: the call node, and how its keys lie. Joint attention has the text's keys beside the tokens'.
 
     ``has_batch`` is False where its rows are not the stream's samples (Mochi attends sample by sample). ``mask_rows`` tells
-    how the queries lie, and whether each sample has its own, where the mask is one between tokens.
+    how the queries lie, and whether each sample has its own, where the mask is one between tokens; ``groups`` those it keeps apart.
     """
 
     node: str
     keys: Layout
     has_batch: bool = True
     mask_rows: tuple[Layout, bool] | None = None
+    groups: Groups | None = None
 
 
 @dataclass(frozen=True)
@@ -265,3 +275,54 @@ class StepProgram:
     def describe(self) -> str:
         """Which passes made this program, and its graph, printed as code."""
         return "\n".join([f"{self.kind}-step, keep {self.keep}", *self.provenance, self.module.code])
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named input or output of a graph that leaves torch; its shape and dtype are fixed."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StepIO:
+    """What an engine's step reads and computes, by name.
+
+    Attributes:
+        kind, keep: as of the :class:`StepProgram`.
+        arguments: the program's inputs in their order: the model's tensors, the extras, the caches.
+        inputs: those of them that are read (and ``index_<block>``, where the host selects).
+        outputs: the model's outputs, then the caches that are computed.
+        next_caches: for each cache, in order, the output or the argument that holds its next value: a cache that a step
+            leaves alone, or that an older value moves into, is not copied.
+        selects: blocks whose tokens the host selects, and how many each keeps; empty where the graph selects.
+    """
+
+    kind: StepKind
+    keep: tuple[int, ...]
+    arguments: tuple[str, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    num_outputs: int
+    next_caches: tuple[str, ...]
+    selects: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """A step as one flat graph ``(*io.inputs) -> io.outputs`` without regions: what exporters take.
+
+    Attributes:
+        scores: where the host selects, the graph of the scores: ``(*inputs) -> scores_<block> [B or 1, N]`` of every block in
+            ``io.selects``.
+    """
+
+    io: StepIO
+    module: GraphModule
+    scores: EngineGraph | None = None

@@ -1,129 +1,45 @@
-"""The dispatcher: a module with the model's own forward that picks the I- or the P-step of each call and keeps its caches."""
+"""The dispatcher of a transformed model: captures it at the first call of each input signature and runs its steps."""
 
 from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from tokencache_compile.calls import bind_call
-from tokencache_compile.engine import Engine, make_engine
+from tokencache_compile.call_format import CallFormat
+from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
-from tokencache_compile.requests import BranchState, Request, RequestTracker, SchedulerWatch
+from tokencache_compile.requests import SchedulerWatch
+from tokencache_compile.step_dispatcher import GATE, Compiled, StepDispatcher, StepReport, Summary
 
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
-
-
-class _CaptureGate:
-    """Steps run side by side, a capture alone: ``torch.export`` patches ``nn.Module.__call__`` for every thread."""
-
-    def __init__(self) -> None:
-        self._turn = threading.Condition()
-        self._running = 0
-        self._own = threading.local()
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        with self._turn:
-            self._running += 1
-        self._own.steps = self._own_steps + 1
-        try:
-            yield
-        finally:
-            self._own.steps -= 1
-            with self._turn:
-                self._running -= 1
-                self._turn.notify_all()
-
-    @contextmanager
-    def capture(self) -> Iterator[None]:
-        with self._turn:
-            self._turn.wait_for(lambda: self._running == self._own_steps)  # a step may capture a model within the model
-            yield
-
-    @property
-    def _own_steps(self) -> int:
-        steps: int = getattr(self._own, "steps", 0)
-        return steps
-
-
-_GATE = _CaptureGate()
+__all__ = ["Dispatcher", "StepReport", "Summary"]
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What one call did: given to ``step_callback``.
+class Captured(Compiled):
+    """The steps of one signature of a model, with the programs they came from.
 
     Attributes:
-        kind: "I" (all computed) or "P" (cached).
-        step: index of the sampling step, ``timestep`` its value.
-        branch: guidance branch, as ``cache_context`` names it, or "branch 0", "branch 1" … in the order of the calls.
-        kept: tokens recomputed in each cached block.
+        call: what the calls look like.
+        autocast: whether they run under autocast, which decides dtypes outside the graphs.
     """
 
-    kind: str
-    step: int
-    timestep: float
-    branch: str
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Counts over the calling thread's current (or last) request; MACs are those of all its calls."""
-
-    full_steps: int
-    cached_steps: int
-    tokens_recomputed: tuple[int, ...]
-    tokens_total: int
-    cache_bytes: int
-    macs: int
-    macs_uncached: int
-
-    @property
-    def macs_saved(self) -> float:
-        """Share of the uncached run's MACs that was not computed."""
-        return 1.0 - self.macs / self.macs_uncached if self.macs_uncached else 0.0
-
-    def __str__(self) -> str:
-        blocks = " ".join(map(str, self.tokens_recomputed)) or "-"
-        return (
-            f"{self.full_steps} I-steps, {self.cached_steps} P-steps; {self.macs / 1e9:.2f} of {self.macs_uncached / 1e9:.2f} GMACs "
-            f"({self.macs_saved:.1%} saved); caches {self.cache_bytes / 2**20:.1f} MiB\n"
-            f"tokens recomputed in P-steps, per cached block (of {self.tokens_total}): {blocks}"
-        )
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """Programs and engines of one input signature."""
-
     steps: StepPrograms
-    full: Engine
-    cached: tuple[Engine, ...]
+    call: CallFormat
+    autocast: bool
 
 
-@dataclass
-class _Counts:
-    full: int = 0
-    cached: int = 0
-    macs: int = 0
-    recomputed: tuple[int, ...] = ()
-    compiled: _Compiled | None = None
-    cache_bytes: int = 0
-
-
-class Dispatcher(nn.Module):
+class Dispatcher(StepDispatcher):
     """A transformed diffusion transformer; use it where the model was, for example as ``pipe.transformer``.
 
     It shares the model's weights and answers for its attributes (``config``, ``dtype``, ``device`` …). Graphs are captured at
@@ -133,25 +49,13 @@ class Dispatcher(nn.Module):
     def __init__(
         self, model: nn.Module, config: CacheConfig, backend: str, predictor: CachePredictor | None, watch: SchedulerWatch
     ) -> None:
-        super().__init__()
+        super().__init__(type(model).__name__, inspect.signature(model.forward), watch)
         self.model = model
         self.predictor = predictor
         self.cache_config = config
         self.backend = backend
-        self.step_callback: Callable[[StepReport], None] | None = None
-        self._signature = inspect.signature(model.forward)
-        names = list(self._signature.parameters)
-        timestep = next((name for name in _TIMESTEP_NAMES if name in names), None)
-        if timestep is None:
-            raise ConfigError(
-                f"{type(model).__name__}.forward({', '.join(names)}) has no argument named timestep, which tells the steps apart."
-            )
-        self._timestep_name, self._sample_name = timestep, names[0]
-        self._tracker = RequestTracker(watch)
-        self._compiled: dict[Hashable, _Compiled] = {}
+        self._compiled: dict[Hashable, Captured] = {}
         self._lock = threading.RLock()
-        self._local = threading.local()
-        self._enabled = True
         self.train(model.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -160,105 +64,17 @@ class Dispatcher(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
-    # -- switches -------------------------------------------------------------------------------------------------
+    def _uncached(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        with GATE.step():
+            return self.model(*args, **kwargs)
 
-    def enable(self) -> None:
-        """Use the cached graphs (the state after ``transform``)."""
-        self._enabled = True
-
-    def disable(self) -> None:
-        """Call the original model, bit for bit, until :meth:`enable`."""
-        self._enabled = False
-        self.reset()
-
-    @property
-    def is_cache_enabled(self) -> bool:
-        return self._enabled
-
-    def reset(self) -> None:
-        """Drop this thread's caches: its next call begins a new request, with an I-step."""
-        self._tracker.clear()
-
-    def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """diffusers' pipelines call this when they are done."""
-        self.reset()
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Calls inside belong to guidance branch ``name``; diffusers' pipelines enter ``"cond"`` and ``"uncond"``."""
-        before = getattr(self._local, "context", None)
-        self._local.context = name
-        try:
-            yield
-        finally:
-            self._local.context = before
-
-    # -- the call -------------------------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own forward: same arguments, same return type.
-
-        Raises:
-            InputError: an argument is missing, unknown or NaN, or a gradient is asked for.
-            UnsupportedModelError, ConfigError: at the first call of a signature, if the model cannot be transformed so.
-        """
-        if not self._enabled:
-            with _GATE.step():
-                return self.model(*args, **kwargs)
-        call = bind_call(self.model, self._signature, args, kwargs)
-        as_tuple = not call.pop("return_dict", True)
-        signature, tensors = self._signature_of(call)
-        timestep = self._check_values(call, tensors)
-        try:
-            before = self._tracker.current
-            context = getattr(self._local, "context", None)
-            request, branch = self._tracker.place(signature, timestep, call[self._sample_name].detach(), context)
-            compiled = self._lookup(signature, call, begins=branch not in request.branches)
-            if request is not before:
-                self._local.counts = _Counts(compiled=compiled)
-            outputs = self._run(compiled, request, branch, timestep, tensors)
-        except BaseException:
-            self.reset()
-            raise
-        return tuple(outputs) if as_tuple else pytree.tree_unflatten(outputs, compiled.steps.output_spec)
-
-    @staticmethod
-    def _signature_of(call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
-        """What graphs are compiled for (shapes, dtypes, devices, constants, autocast), and the call's tensors in graph order."""
-        leaves, spec = pytree.tree_flatten(call)
-        tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
-        kinds = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
-        devices = sorted({t.device.type for t in tensors})
-        autocast = tuple(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in devices)
-        return (str(spec), autocast, *kinds), tensors
-
-    def _check_values(self, call: Mapping[str, Any], tensors: list[Tensor]) -> float:
-        """The call's timestep, after refusing what must not enter a cache. One read from the device."""
-        timestep, sample = call[self._timestep_name], call[self._sample_name]
-        if not isinstance(timestep, Tensor) or not isinstance(sample, Tensor):
-            wrong = self._timestep_name if not isinstance(timestep, Tensor) else self._sample_name
-            raise InputError(
-                f"{wrong}={call[wrong]!r} ({type(call[wrong]).__name__}) was given; a torch tensor is needed, as the model itself needs it."
-            )
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in pytree.tree_leaves(dict(call)) if isinstance(leaf, Tensor)):
-            raise InputError(
-                "an input requires a gradient; the cached graphs are for inference. Call disable() to train, or use torch.no_grad()."
-            )
+    def _check_source(self) -> None:
         if self.model.training:
             raise InputError(
                 f"{type(self.model).__name__} is in training mode, where it is random (dropped labels, dropout). Call model.eval() first."
             )
-        floats = [t for t in tensors if t.is_floating_point()]
-        reads = [timestep.detach().flatten()[:1].float(), *(t.isnan().any().float().reshape(1) for t in floats)]
-        value, *nans = torch.cat([read.to(sample.device) for read in reads]).tolist()  # a timestep may be on another device
-        if any(nans):
-            names = [name for name, leaf in call.items() if any(t.is_floating_point() and bool(t.isnan().any()) for t in _tensors(leaf))]
-            raise InputError(
-                f"NaN was found in {', '.join(names)}; it would stay in the caches of this run. Check what came before the transformer."
-            )
-        return float(value)
 
-    def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> _Compiled:
+    def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Captured:
         with self._lock:
             known = self._compiled.get(signature)
             if known is not None and begins and not known.steps.program.shares_weights_of(self.model):
@@ -267,48 +83,27 @@ class Dispatcher(nn.Module):
                 self._compiled[signature] = self._compile(call)
             return self._compiled[signature]
 
-    def _compile(self, call: dict[str, Any]) -> _Compiled:
-        with _GATE.capture():
+    def _compile(self, call: dict[str, Any]) -> Captured:
+        with GATE.capture():
             steps = build_steps(self.model, call, self.cache_config, self.predictor)
-        engines = [make_engine(self.backend, step) for step in (steps.full, *steps.cached)]
-        return _Compiled(steps, engines[0], tuple(engines[1:]))
+        full, *cached = make_engines(self.backend, steps)
+        rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)
+        call_format = CallFormat.of(self._signature, call, steps.program.input_names)
+        autocast = torch.is_autocast_enabled(steps.program.known_stream.device.type)
+        return Captured(steps, full, tuple(cached), rebuild, call_format, autocast)
 
-    def _run(self, compiled: _Compiled, request: Request, branch: str, timestep: float, tensors: list[Tensor]) -> list[Tensor]:
-        steps, plan, device = compiled.steps, compiled.steps.plan, request.sample.device
-        first = branch not in request.branches
-        if first:
-            request.branches[branch] = BranchState(steps.initial_caches(device))
-        state = request.branches[branch]
-        full = first or not compiled.cached or plan.config.schedule.is_full(request.step)
-        group = plan.profile_of(request.step)
-        engine = compiled.full if full else compiled.cached[group]
-        with _GATE.step():
-            outputs, state.caches = engine(tensors, steps.step_inputs(request.step, device), state.caches)
-        kept = () if full else plan.profiles[group]
-        self._count(compiled, request, full, kept, steps.macs_full if full else steps.macs_cached[group])
-        if self.step_callback is not None:
-            self.step_callback(StepReport("I" if full else "P", request.step, timestep, branch, kept))
-        return outputs
+    def captured(self, example_inputs: Mapping[str, Any] | None = None) -> Captured:
+        """What is compiled for the signature of ``example_inputs``, captured now if it was not; None: the last signature.
 
-    # -- what happened --------------------------------------------------------------------------------------------
-
-    def _count(self, compiled: _Compiled, request: Request, full: bool, kept: tuple[int, ...], macs: int) -> None:
-        counts: _Counts = self._local.counts
-        counts.full += full
-        counts.cached += not full
-        counts.macs += macs
-        if kept:
-            counts.recomputed = tuple(a + b for a, b in zip(counts.recomputed or (0,) * len(kept), kept, strict=True))
-        counts.cache_bytes = len(request.branches) * sum(spec.nbytes for spec in compiled.steps.full.caches)
-
-    def summary(self) -> Summary:
-        """Counts of this thread's current request, or of its last one; works in the middle of a run."""
-        counts: _Counts = getattr(self._local, "counts", _Counts())
-        if counts.compiled is None:
-            return Summary(0, 0, (), 0, 0, 0, 0)
-        steps = counts.compiled.steps
-        uncached = steps.macs_full * (counts.full + counts.cached)
-        return Summary(counts.full, counts.cached, counts.recomputed, steps.plan.tokens, counts.cache_bytes, counts.macs, uncached)
+        Raises:
+            ConfigError: nothing is captured yet.
+        """
+        if example_inputs is not None:
+            signature, call = self._accept(example_inputs)
+            return self._lookup(signature, call, begins=True)
+        if not self._compiled:
+            raise ConfigError("nothing is captured yet: call the model once, or pass example_inputs.")
+        return list(self._compiled.values())[-1]
 
     @property
     def plan(self) -> CachePlan:
@@ -318,23 +113,4 @@ class Dispatcher(nn.Module):
     @property
     def steps(self) -> StepPrograms:
         """The programs of the last signature that was captured."""
-        if not self._compiled:
-            raise ConfigError("nothing is captured yet: call the model once, or pass example_inputs to transform().")
-        return list(self._compiled.values())[-1].steps
-
-    def prepare(self, example_inputs: Mapping[str, Any]) -> None:
-        """Capture and compile for the signature of ``example_inputs`` (keyword arguments of one call) ahead of time."""
-        call = bind_call(self.model, self._signature, (), example_inputs)
-        call.pop("return_dict", None)
-        signature, tensors = self._signature_of(call)
-        self._check_values(call, tensors)
-        compiled = self._lookup(signature, call, begins=True)
-        device = call[self._sample_name].device
-        for engine in (compiled.full, *compiled.cached):
-            extras = compiled.steps.step_inputs(0, device)
-            with _GATE.step():
-                engine(tensors, extras, compiled.steps.initial_caches(device))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        return self.captured().steps

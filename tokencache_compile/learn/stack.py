@@ -33,7 +33,7 @@ def call_of(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: they do not fit the model's forward.
     """
-    call = bind_call(model, inspect.signature(model.forward), (), kwargs)
+    call = bind_call(type(model).__name__, inspect.signature(model.forward), (), kwargs)
     call.pop("return_dict", None)
     return call
 

@@ -1,0 +1,34 @@
+"""Inline regions: a step graph without submodules, each call of a region replaced by the region's own nodes.
+
+Regions keep compile time low in torch; an exporter wants one flat graph. Weights stay where they are, by their names.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from tokencache_compile.passes.regions import Region
+
+
+def inline_regions(module: GraphModule) -> GraphModule:
+    """``module`` with the same inputs, outputs and weights, and no region left."""
+    graph = Graph()
+    env: dict[Node, Any] = {}  # a region's call stands for the tuple of its outputs
+    for node in module.graph.nodes:
+        region = module.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(region, Region):
+            inner = region.graph_module.graph
+            given = [n for n in inner.nodes if n.op == "placeholder"]
+            env[node] = graph.graph_copy(inner, {placeholder: env[n] for placeholder, n in zip(given, node.args, strict=True)})
+        elif node.target is operator.getitem and isinstance(env[node.args[0]], tuple | list):
+            env[node] = env[node.args[0]][node.args[1]]
+        elif node.op == "output":
+            graph.output(tuple(env[n] for n in node.args[0]))
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    flat = GraphModule(module, graph)
+    flat.graph.lint()
+    return flat

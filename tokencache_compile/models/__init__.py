@@ -1,0 +1,1 @@
+"""Transformers that diffusers does not have, in its style."""

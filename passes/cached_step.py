@@ -46,9 +46,28 @@ def make_cached(
         """What a unit's forecast is made from: the weights that hold for all tokens, or its stamps and the step."""
         return [step.cache_in[names.stamps.name], step.extras["step"]] if names.stamps is not None and not common else common
 
-    def visit(block: Block, inputs: list[Node]) -> list[Node]:
+    def skipped(block: Block, inputs: list[Node], unit: CacheUnit, names: UnitCaches, forecast: list[Any]) -> list[Node]:
+        """A block that this step does not run: every stream it carries adds its update. Later blocks of a run hand them on."""
         body = program.body_of(block)
         roles = body.known_roles
+        pairs = [(roles.stream_input, roles.stream_output), *((c.input, c.output) for c in roles.companions)]
+        outputs = inputs[:1] * body.num_outputs  # nothing reads an output that continues no stream: see analysis
+        for i, o in pairs:
+            outputs[o] = inputs[i]
+        if block.index != unit.first:
+            return outputs
+        weights = common or (forecast_weights(forecast[0], forecast[1], config.forecast) if forecast else [])
+        beside = common
+        if names.companion_stamps is not None and not common:
+            beside = forecast_weights(step.cache_in[names.companion_stamps.name], step.extras["step"], config.forecast)
+        for (i, o), history in zip(pairs, (names.updates, *names.companions), strict=True):
+            updates = [step.cache_in[spec.name] for spec in history]
+            held: Any = add_forecast(step.proxy(inputs[i]), updates, weights if history is names.updates else beside)
+            outputs[o] = held.node
+        return outputs
+
+    def visit(block: Block, inputs: list[Node]) -> list[Node]:
+        body = program.body_of(block)
         if block.index == 0 and predictor is not None and any(keep):
             scores.append(predictor_scores(step, program, predictor, inputs))
         if block.index not in unit_of:
@@ -58,25 +77,20 @@ def make_cached(
         forecast = forecast_inputs(names)
         kept = keep[block.index]
         if kept == 0:
-            x = step.proxy(inputs[roles.stream_input])
-            if block.index != unit.first:
-                return [x.node]  # a later block of a folded run: the run's summed update is already added
-            weights = common or (forecast_weights(forecast[0], forecast[1], config.forecast) if forecast else [])
-            held: Any = add_forecast(x, updates, weights)
-            return [held.node]
+            return skipped(block, inputs, unit, names, forecast)
         index = select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch)
         written = written_in_p_steps(names, config)
         kept_caches = [step.cache_in[spec.name] for spec in (names.score, *names.flat_context) if spec is not None]
         arguments = [*step.block_weights(block), *inputs]
         arguments += [value.node for value in (index, *forecast, *updates, *kept_caches)]
-        new_stream, *values = step.call(
+        results = step.call(
             f"{body.name}_cached_{kept}",
             lambda: cached_region(body, config, stream, kept, [len(history) for history in names.context]),
             arguments,
-            1 + len(written),
+            body.num_outputs + len(written),
         )
-        for spec, value in zip(written, values, strict=True):
+        for spec, value in zip(written, results[body.num_outputs :], strict=True):
             step.cache_out[spec.name] = step.proxy(value)
-        return [new_stream]
+        return results[: body.num_outputs]
 
     return step.finish("P", keep, visit, f"make_cached: keep {list(keep)}, context {config.context}, forecast {config.forecast}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheSpec, CacheUnit
 from tokencache_compile.plan import CacheConfig, CachePlan
 
@@ -21,10 +22,14 @@ class UnitCaches:
     stamps: CacheSpec | None
     score: CacheSpec | None
     context: tuple[tuple[CacheSpec, ...], ...]
+    companions: tuple[tuple[CacheSpec, ...], ...]
+    companion_stamps: CacheSpec | None
 
     @property
     def all(self) -> tuple[CacheSpec, ...]:
-        return (*self.updates, *self.single, *self.flat_context)
+        beside = [spec for history in self.companions for spec in history]
+        stamps = [self.companion_stamps] if self.companion_stamps is not None else []
+        return (*self.updates, *self.single, *self.flat_context, *beside, *stamps)
 
     @property
     def flat_context(self) -> tuple[CacheSpec, ...]:
@@ -46,21 +51,42 @@ def written_in_p_steps(caches: UnitCaches, config: CacheConfig) -> tuple[CacheSp
 def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> tuple[tuple[CacheSpec, ...], ...]:
     stream = program.known_stream
     body = program.body_of(program.blocks[unit.first])
-    nodes = {n.name: n for n in body.graph_module.graph.nodes}
+    roles, nodes = body.known_roles, {n.name: n for n in body.graph_module.graph.nodes}
     specs: list[tuple[CacheSpec, ...]] = []
-    for number, attention in enumerate(body.known_roles.attentions):
-        suffix = f"{unit.name}_{number}" if len(body.known_roles.attentions) > 1 else unit.name
-        if plan.config.context == "cached":
+    context = plan.config.context
+    unbatched = [a.node for a in roles.attentions if context == "cached" and not a.has_batch]
+    unbatched += [o.node for o in roles.attention_outputs if context == "reuse" and not o.has_batch]
+    if unbatched:
+        raise UnsupportedModelError(
+            program.blocks[unit.first].fqn,
+            f"its attention runs sample by sample, so context={plan.config.context!r} has nothing of the whole batch to cache",
+            'Use context="kept" or "full".',
+        )
+    if plan.config.context == "cached":
+        for number, attention in enumerate(roles.attentions):
+            suffix = f"{unit.name}_{number}" if len(roles.attentions) > 1 else unit.name
             for name, part in zip(("key", "value"), nodes[attention.node].args[1:3], strict=True):
-                rest = _per_token_shape(part)
-                specs.append((CacheSpec(f"{name}_{suffix}", (stream.batch, stream.tokens, *rest), part.meta["val"].dtype),))
-        elif plan.config.context == "reuse":
-            output = nodes[attention.output].meta["val"]
-            # Reused attention is forecast like the updates, where their stamps are its own: those of the I-steps.
-            depth = plan.config.forecast + 1 if plan.config.history == "full_steps" else 1
-            shape = (stream.batch, stream.tokens, int(output.shape[-1]))
-            specs.append(tuple(CacheSpec(f"attention_{suffix}_{i}", shape, output.dtype) for i in range(depth)))
+                shape = (stream.batch, stream.tokens, *_per_token_shape(part))
+                specs.append((CacheSpec(f"{name}_{suffix}", shape, part.meta["val"].dtype),))
+    elif plan.config.context == "reuse":
+        # Reused attention is forecast like the updates, where their stamps are its own: those of the I-steps.
+        depth = plan.config.forecast + 1 if plan.config.history == "full_steps" else 1
+        for number, output in enumerate(roles.attention_outputs):
+            suffix = f"{unit.name}_{number}" if len(roles.attention_outputs) > 1 else unit.name
+            node = nodes[output.node]
+            shape = (stream.batch, output.rows, *_per_token_shape(node))
+            specs.append(tuple(CacheSpec(f"attention_{suffix}_{i}", shape, node.meta["val"].dtype) for i in range(depth)))
     return tuple(specs)
+
+
+def _companion_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> tuple[tuple[CacheSpec, ...], ...]:
+    """Updates of the streams beside the cached one: only where a P-step skips the unit, for they are computed wherever it runs."""
+    if all(keep[unit.first] > 0 for keep in plan.profiles):
+        return ()
+    return tuple(
+        tuple(CacheSpec(f"companion_{unit.name}_{number}_{i}", c.shape, c.dtype) for i in range(plan.config.forecast + 1))
+        for number, c in enumerate(program.body_of(program.blocks[unit.first]).known_roles.companions)
+    )
 
 
 def _per_token_shape(node: object) -> tuple[int, ...]:
@@ -72,8 +98,12 @@ def _per_token_shape(node: object) -> tuple[int, ...]:
 def _stamps(config: CacheConfig, unit: CacheUnit, grid: tuple[int, int]) -> CacheSpec:
     """The steps at which a token's updates were computed; one list for all tokens of all units where only I-steps enter the history."""
     if config.history == "full_steps":
-        return CacheSpec(SHARED_STAMPS, (1, 1, config.forecast + 1), torch.float32, -1.0)
+        return _i_step_stamps(config)
     return CacheSpec(f"stamps_{unit.name}", (*grid, config.forecast + 1), torch.float32, -1.0)
+
+
+def _i_step_stamps(config: CacheConfig) -> CacheSpec:
+    return CacheSpec(SHARED_STAMPS, (1, 1, config.forecast + 1), torch.float32, -1.0)
 
 
 def cache_specs(caches: Sequence[UnitCaches]) -> tuple[CacheSpec, ...]:
@@ -84,13 +114,17 @@ def cache_specs(caches: Sequence[UnitCaches]) -> tuple[CacheSpec, ...]:
 def unit_caches(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUnit]) -> tuple[UnitCaches, ...]:
     """The caches of every unit."""
     stream, config = program.known_stream, plan.config
-    grid = (stream.batch, stream.tokens)
     found = []
     for unit in units:
+        body = program.body_of(program.blocks[unit.first])
+        grid = (stream.batch, stream.tokens + body.known_roles.layout.others)
         updates = tuple(CacheSpec(f"update_{unit.name}_{i}", (*grid, stream.channels), stream.dtype) for i in range(config.forecast + 1))
         stamps = _stamps(config, unit, grid) if config.forecast else None
         scored = config.scorer in ("change", "norm") and not unit.skipped
-        score = CacheSpec(f"score_{unit.name}", grid, torch.float32) if scored else None
+        score = CacheSpec(f"score_{unit.name}", (stream.batch, stream.tokens), torch.float32) if scored else None
         context = () if unit.skipped else _context_caches(program, plan, unit)
-        found.append(UnitCaches(updates, stamps, score, context))
+        companions = _companion_caches(program, plan, unit)
+        # What a P-step computes of a companion does not enter its history.
+        companion_stamps = _i_step_stamps(config) if companions and config.forecast else None
+        found.append(UnitCaches(updates, stamps, score, context, companions, companion_stamps))
     return tuple(found)

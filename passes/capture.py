@@ -11,7 +11,7 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,24 +40,75 @@ def _(tensors: list[Tensor], spec: str) -> list[Tensor]:
 BLOCK_OP = torch.ops.tokencache_compile.block.default
 
 # What step graphs call their own inputs and outputs; an argument of the model with such a name gets another in the graphs.
-_TAKEN = re.compile(r"step|stamps|random_scores|next_.*|(update|stamps|score|scores|key|value|attention|index)_\d.*")
+_TAKEN = re.compile(r"step|stamps|random_scores|next_.*|(update|stamps|score|scores|key|value|attention|companion|index)_\d.*")
+
+
+def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The model's outermost ``ModuleList`` s by module path, in definition order."""
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    return lists
 
 
 def candidate_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Members of the model's outermost ``ModuleList`` s that own parameters, by module path, in definition order."""
-    lists: list[str] = []
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
-            lists.append(name)
-            found |= {f"{name}.{key}": child for key, child in module.named_children() if any(True for _ in child.parameters())}
-    return found
+    """Members of the model's :func:`block_lists` that own parameters, by module path, in definition order."""
+    return {
+        f"{name}.{key}": child
+        for name, modules in block_lists(model).items()
+        for key, child in modules.named_children()
+        if any(True for _ in child.parameters())
+    }
 
 
 def _keeps_a_stream(call: BlockCall) -> bool:
     """A block returns a tensor of the shape and type of one it was given, with batch, token and channel axes."""
     given = {(t.shape, t.dtype) for t in call.tensors if t.is_floating_point() and t.dim() >= 3}
     return any((t.shape, t.dtype) in given for t in call.output_tensors)
+
+
+def first_line(error: Exception) -> str:
+    """What torch says first; its hints to developers follow after it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _lists_of(calls: Iterable[BlockCall]) -> set[str]:
+    return {call.fqn.rpartition(".")[0] for call in calls}
+
+
+def disturbed(tensors: Sequence[Tensor], positions: Iterable[int]) -> list[Tensor]:
+    """``tensors`` with noise added to the floating-point ones at ``positions``: every value differs, whatever it was."""
+    draw = torch.Generator().manual_seed(0)
+    chosen = {i for i in positions if tensors[i].is_floating_point()}
+    return [t + torch.randn(t.shape, generator=draw).to(t) if i in chosen else t for i, t in enumerate(tensors)]
+
+
+def _on_the_sample(
+    model: nn.Module, kwargs: Mapping[str, Any], sample: Sequence[int], candidates: Mapping[str, nn.Module], calls: tuple[BlockCall, ...]
+) -> tuple[BlockCall, ...]:
+    """The calls that are given something made from the sample; text refiners, for one, are not: they stay part of the model around.
+
+    Only a model with several lists of blocks can have others, so only such a model is run once more, on another sample.
+    """
+    if len(_lists_of(calls)) < 2 or any(tensor.is_meta for call in calls for tensor in call.tensors):
+        return calls
+    leaves, spec = pytree.tree_flatten(dict(kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    for place, tensor in zip(places, disturbed([leaves[i] for i in places], sample), strict=True):
+        leaves[place] = tensor
+    again: list[BlockCall] = []
+    with _recording(candidates, again):
+        model(**pytree.tree_unflatten(leaves, spec))
+    others = {call.fqn: call for call in again}
+    return tuple(
+        call
+        for call in calls
+        if any(
+            not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+            for a, b in zip(call.tensors, others[call.fqn].tensors, strict=True)
+        )
+    )
 
 
 @contextmanager
@@ -148,6 +199,8 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
                 continue  # a constant argument (None, a flag): nothing reads it
             env[node].meta = dict(node.meta)
         else:
+            if node.op == "get_attr":  # the graph within an autocast region
+                root[node.target] = getattr(exported.graph_module, node.target)
             env[node] = graph.node_copy(node, lambda n: env[n])
     drop_checks(graph)
     if len([n for n in graph.nodes if n.op == "placeholder"]) != num_inputs:
@@ -155,13 +208,21 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
     return GraphModule(root, graph)
 
 
-def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
+def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """Positions of the tensors of the model's first argument among all tensors of the call."""
+    first = next(iter(inspect.signature(model.forward).parameters))
+    of = [name for name, value in kwargs.items() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return tuple(position for position, name in enumerate(of) if name == first)
+
+
+def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> Capture:
     """Capture ``model`` for the signature of ``kwargs``.
 
     Args:
         model: a transformer in eval mode.
         kwargs: keyword arguments of one forward call but ``return_dict``; tensors fix shapes, dtypes and device, everything
             else is constant.
+        left_out: lists of blocks (module paths) that stay part of the model around the blocks.
 
     Returns:
         The skeleton, the block calls of the eager run and its tensors in and out.
@@ -171,7 +232,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
         UnsupportedModelError: no block that keeps a token stream was found, or ``torch.export`` cannot capture the model.
     """
     has_switch = "return_dict" in inspect.signature(model.forward).parameters
-    candidates = candidate_blocks(model)
+    candidates = {fqn: block for fqn, block in candidate_blocks(model).items() if fqn.rpartition(".")[0] not in left_out}
     calls: list[BlockCall] = []
     with torch.no_grad():
         try:
@@ -179,7 +240,8 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error
-        kept = tuple(call for call in calls if _keeps_a_stream(call))
+        sample = _sample_inputs(model, kwargs)
+        kept = _on_the_sample(model, kwargs, sample, candidates, tuple(call for call in calls if _keeps_a_stream(call)))
         if not kept:
             raise UnsupportedModelError(
                 type(model).__name__,
@@ -197,7 +259,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
         except Exception as error:
             raise UnsupportedModelError(
                 type(model).__name__,
-                f"torch.export cannot capture what stands around its blocks: {error}",
+                f"torch.export cannot capture what stands around its blocks: {first_line(error)}",
                 "See docs/architecture.md, capture.",
             ) from error
     inputs = tuple(leaf for leaf in pytree.tree_leaves(((), dict(kwargs))) if isinstance(leaf, Tensor))
@@ -208,4 +270,4 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any]) -> Capture:
         )
     skeleton = _skeleton(exported, len(inputs))
     input_names = tuple(node.name for node in skeleton.graph.nodes if node.op == "placeholder")
-    return Capture(skeleton, kept, input_names, inputs, tuple(outputs), output_spec)
+    return Capture(skeleton, kept, input_names, inputs, sample, tuple(outputs), output_spec)

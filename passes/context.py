@@ -11,15 +11,18 @@ keys do not depend on the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch.fx import Graph, Node, Proxy
+import torch
+from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from tokencache_compile.ir import Body
-from tokencache_compile.passes.analysis import placeholders
+from tokencache_compile.errors import UnsupportedModelError
+from tokencache_compile.ir import Attention, Body, Layout
+from tokencache_compile.passes.analysis import attention_mask, body_outputs, placeholders
 from tokencache_compile.passes.groups import attend_by_group
+from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.pair_mask import pair_mask
 from tokencache_compile.plan import Context
 
@@ -37,10 +40,14 @@ class BodyCopy:
     """Copies a body into another graph, once per token set: all tokens, and the kept ones."""
 
     def __init__(
-        self, graph: Graph, body: Body, weights: Sequence[Node], inputs: Sequence[Node], kept_inputs: Sequence[Node] | None = None
+        self,
+        tracer: GraphAppendingTracer,
+        body: Body,
+        weights: Sequence[Node],
+        inputs: Sequence[Node],
+        kept_inputs: Sequence[Node] | None = None,
     ) -> None:
-        self.graph, self.body = graph, body
-        self.tracer = GraphAppendingTracer(graph)
+        self.graph, self.tracer, self.body = tracer.graph, tracer, body
         self.source = body.graph_module.graph
         sources = [n for n in self.source.nodes if n.op == "placeholder"]
         self.all_tokens: dict[Node, Node] = dict(zip(sources, [*weights, *inputs], strict=True))
@@ -70,12 +77,11 @@ class BodyCopy:
     def _nodes(self) -> list[Node]:
         return [n for n in self.source.nodes if n.op not in ("placeholder", "output")]
 
-    def _result(self, env: dict[Node, Node]) -> Node:
-        outputs: Any = self.source.output_node().args[0]
-        return env[outputs[self.body.known_roles.stream_output]]
+    def _results(self, env: dict[Node, Node]) -> list[Node]:
+        return [env[node] for node in body_outputs(self.body)]
 
-    def run(self) -> Node:
-        """The body on all tokens, in their own order; returns the stream."""
+    def run(self) -> list[Node]:
+        """The body on all tokens, in their own order; returns its outputs."""
         grouped = {a.node: a.groups for a in self.body.known_roles.attentions}
         for node in self._nodes():
             groups = grouped.get(node.name)
@@ -83,20 +89,22 @@ class BodyCopy:
                 self._copy(node, self.all_tokens)
             else:
                 self.all_tokens[node] = attend_by_group(node, groups, lambda n: Proxy(self.all_tokens[n], self.tracer)).node
-        return self._result(self.all_tokens)
+        return self._results(self.all_tokens)
 
-    def context_values(self, context: Context) -> list[Node]:
-        """After :meth:`run`: what an I-step caches for ``context``, token axis first."""
-        values: list[Node] = []
-        for attention, output in self._attention_nodes():
-            for node in _keys_values(attention) if context == "cached" else [output] if context == "reuse" else []:
-                copy = Proxy(self.all_tokens[node], self.tracer)
-                values.append(tokens_first(copy, node.meta["val"].dim()).contiguous().node)
-        return values
-
-    def _attention_nodes(self) -> list[tuple[Node, Node]]:
-        nodes = {n.name: n for n in self.source.nodes}
-        return [(nodes[a.node], nodes[a.output]) for a in self.body.known_roles.attentions]
+    def context_values(self, context: Context, tokens: int) -> list[Node]:
+        """After :meth:`run`: what an I-step caches for ``context``, token axis first; of keys and values the N ``tokens``' alone."""
+        roles, nodes = self.body.known_roles, {n.name: n for n in self.source.nodes}
+        values: list[Any] = []
+        if context == "cached":
+            for attention in roles.attentions:
+                for node in _keys_values(nodes[attention.node]):
+                    value = tokens_first(Proxy(self.all_tokens[node], self.tracer), node.meta["val"].dim())
+                    values.append(value.narrow(1, attention.keys.before, tokens) if attention.keys.others else value)
+        elif context == "reuse":
+            for output in roles.attention_outputs:
+                node = nodes[output.node]
+                values.append(tokens_first(Proxy(self.all_tokens[node], self.tracer), node.meta["val"].dim()))
+        return [value.contiguous().node for value in values]
 
     def copy_ancestors(self, targets: Sequence[Node], env: dict[Node, Node]) -> list[Node]:
         """The copies of ``targets`` in ``env`` (all tokens, or the kept ones), made with what they are made from."""
@@ -113,43 +121,69 @@ class BodyCopy:
         self,
         context: Context,
         given: Sequence[Any],
-        put: Callable[[Any, Any], Any],
+        kept: KeptRows,
         new_caches: list[Any],
-    ) -> Node:
-        """The body on the kept tokens, its attention rewritten for ``context``; returns their stream.
+    ) -> list[Node]:
+        """The body on the kept tokens, its attention rewritten for ``context``; returns its outputs.
 
-        ``given``: the kept tokens' attention outputs (``reuse``), or the caches of all tokens' keys and values (``cached``);
+        ``given``: the attentions' outputs (``reuse``), or the caches of all tokens' keys and values (``cached``);
         caches that a P-step writes are appended to ``new_caches``.
         """
         stored = iter(given)
-        attentions = {sdpa: output for sdpa, output in self._attention_nodes()}
-        outputs = set(attentions.values())
+        roles = self.body.known_roles
+        attentions = {attention.node: attention for attention in roles.attentions}
+        outputs = {output.node for output in roles.attention_outputs}
         for node in self._nodes():
-            if context == "reuse" and node in outputs:
+            if context == "reuse" and node.name in outputs:
                 self.kept[node] = tokens_first(next(stored), node.meta["val"].dim()).node
-            elif context in ("full", "cached") and node in attentions:
-                self.kept[node] = self._attend(node, context, stored, put, new_caches)
+            elif context in ("full", "cached") and node.name in attentions:
+                self.kept[node] = self._attend(node, attentions[node.name], context, stored, kept, new_caches)
             else:
                 self._copy(node, self.kept)
-        return self._result(self.kept)
+        return self._results(self.kept)
 
-    def _attend(self, node: Node, context: Context, stored: Any, put: Callable[[Any, Any], Any], new_caches: list[Any]) -> Node:
+    def _attend(self, node: Node, attention: Attention, context: Context, stored: Any, kept: KeptRows, new_caches: list[Any]) -> Node:
         """The attention of kept queries to every token's keys and values."""
         keys_values = _keys_values(node)
         if context == "full":
             key, value = self.copy_ancestors(keys_values, self.all_tokens)
         else:
-            fresh = []
-            for part in keys_values:
-                rank = part.meta["val"].dim()
-                cache = put(next(stored), tokens_first(Proxy(self.kept[part], self.tracer), rank))
-                new_caches.append(cache)
-                fresh.append(tokens_first(cache, rank).node)
-            key, value = fresh
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        all_mask = pair_mask(self, mask) if isinstance(mask, Node) and mask in self.per_token else None
+            key, value = (self._refreshed(part, attention.keys, next(stored), kept, new_caches) for part in keys_values)
+        mask = attention_mask(node)
+        all_mask = self._mask_of_all(mask, attention, kept) if mask is not None and mask in self.per_token else None
         new = self.graph.node_copy(node, lambda n: self.kept[n])
         new.args = (new.args[0], key, value, *new.args[3:])
-        if isinstance(mask, Node) and all_mask is not None:
+        if mask is not None and all_mask is not None:
             new.replace_input_with(self.kept[mask], all_mask)
         return new
+
+    def _mask_of_all(self, mask: Node, attention: Attention, kept: KeptRows) -> Node:
+        """The mask over every token's keys; one between tokens is made anew for the kept queries, or cut out of the whole one."""
+        try:
+            return pair_mask(self, mask)
+        except UnsupportedModelError:
+            if attention.mask_rows is None:
+                raise
+        (all_mask,) = self.copy_ancestors([mask], self.all_tokens)
+        layout, has_batch = attention.mask_rows
+        if not has_batch and not self.body.known_roles.needs_shared_index:
+            raise UnsupportedModelError(
+                self.body.name, "its self-attention mask between tokens is one for all samples", 'Use context="kept".'
+            )
+        rows: Proxy = kept.take_along(Proxy(all_mask, self.tracer), mask.meta["val"].dim() - 2, has_batch, layout)
+        return rows.node
+
+    def _refreshed(self, part: Node, layout: Layout, stored: Any, kept: KeptRows, new_caches: list[Any]) -> Node:
+        """Keys or values of all tokens: the kept ones' put into the cache; rows of other tokens are fresh, on their side of it."""
+        rank = part.meta["val"].dim()
+        fresh = tokens_first(Proxy(self.kept[part], self.tracer), rank)
+        own = fresh.narrow(1, layout.before, kept.count) if layout.others else fresh
+        cache = kept.put(stored, own, Layout())
+        new_caches.append(cache)
+        parts = [cache]
+        if layout.before:
+            parts.insert(0, fresh.narrow(1, 0, layout.before))
+        if layout.after:
+            parts.append(fresh.narrow(1, layout.before + kept.count, layout.after))
+        whole: Proxy = tokens_first(torch.cat(parts, 1) if layout.others else cache, rank)
+        return whole.node

@@ -15,13 +15,20 @@ from tokencache_compile.plan import CachePlan
 
 
 def _feeds(program: BlockProgram, first: int, second: int) -> bool:
-    """Whether block ``second`` takes block ``first``'s stream as it is, and nothing else does."""
+    """Whether block ``second`` takes block ``first``'s streams as they are, and nothing else does."""
     nodes = {n.name: n for n in program.skeleton.graph.nodes}
     before, after = program.blocks[first], program.blocks[second]
-    outputs: list[Node] = list(nodes[before.node].users)
+    one, other = program.body_of(before).known_roles, program.body_of(after).known_roles
     given: list[Node] = nodes[after.node].args[0]
-    stream = given[program.body_of(after).known_roles.stream_input]
-    return outputs == [stream] and list(stream.users) == [nodes[after.node]]
+    passed = {one.stream_output: other.stream_input}
+    passed |= {c.output: d.input for c, d in zip(one.companions, other.companions, strict=False)}
+    outputs = [node for node in nodes[before.node].users if node.users]
+    return (
+        len(one.companions) == len(other.companions)
+        and one.layout == other.layout
+        and len(outputs) == len(passed)
+        and all(given[passed[o.args[1]]] is o and list(o.users) == [nodes[after.node]] for o in outputs)
+    )
 
 
 def fold_skipped(program: BlockProgram, plan: CachePlan) -> tuple[CacheUnit, ...]:

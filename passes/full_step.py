@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from tokencache_compile.ir import Block, BlockProgram, CacheUnit, StepProgram
+from tokencache_compile.ir import Block, BlockProgram, CacheSpec, CacheUnit, Companion, StepProgram
 from tokencache_compile.passes.caches import UnitCaches, cache_specs, unit_caches
 from tokencache_compile.passes.regions import full_region
 from tokencache_compile.passes.step_graph import StepGraph
@@ -24,44 +24,66 @@ def make_full(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUnit]
     caches = unit_caches(program, plan, units)
     step = StepGraph(program, cache_specs(caches), extras)
     unit_of = {index: (unit, c) for unit, c in zip(units, caches, strict=True) for index in range(unit.first, unit.last + 1)}
-    entry: dict[int, Node] = {}
+    entry: dict[int, list[Node]] = {}
 
     def visit(block: Block, inputs: list[Node]) -> list[Node]:
         if block.index not in unit_of:
             return step.plain_block(block, inputs)
         unit, names = unit_of[block.index]
-        roles = program.body_of(block).known_roles
+        body = program.body_of(block)
+        roles = body.known_roles
         if unit.skipped:
-            entry.setdefault(unit.first, inputs[roles.stream_input])
+            if block.index == unit.first:
+                entry[unit.first] = [inputs[position] for position in (roles.stream_input, *(c.input for c in roles.companions))]
             outputs = step.plain_block(block, inputs)
             if block.index == unit.last:
-                update = step.proxy(outputs[roles.stream_output]) - step.proxy(entry[unit.first])
-                _store(step, plan, names, [update])
+                stream_in, *others_in = map(step.proxy, entry[unit.first])
+                _store(step, plan, names, [step.proxy(outputs[roles.stream_output]) - stream_in])
+                _store_companions(step, names, outputs, others_in, roles.companions)
             return outputs
-        body = program.body_of(block)
         has_score = names.score is not None
         arguments = [*step.block_weights(block), *inputs]
         if has_score and plan.config.scorer == "change":
             arguments.append(step.cache_in[names.updates[0].name].node)
-        count = 2 + has_score + len(names.context)
-        stream, *written = step.call(f"{body.name}_full", lambda: full_region(body, plan.config, has_score), arguments, count)
+        count = body.num_outputs + 1 + has_score + len(names.context)
+        results = step.call(
+            f"{body.name}_full", lambda: full_region(body, plan.config, program.known_stream, has_score), arguments, count
+        )
+        outputs, written = results[: body.num_outputs], results[body.num_outputs :]
         _store(step, plan, names, [step.proxy(node) for node in written])
-        return [stream]
+        _store_companions(step, names, outputs, [step.proxy(inputs[c.input]) for c in roles.companions], roles.companions)
+        return outputs
 
     return step.finish("I", (), visit, f"make_full: {len(step.caches)} caches of {len(units)} units")
 
 
+def _moved_down(step: StepGraph, history: Sequence[CacheSpec], value: Any) -> None:
+    """A new value enters a history, the older ones move down, the oldest falls out."""
+    for spec, moved in zip(history, [value, *(step.cache_in[spec.name] for spec in history[:-1])], strict=True):
+        step.cache_out[spec.name] = moved
+
+
+def _stamp(step: StepGraph, stamps: CacheSpec, forecast: int) -> None:
+    """All tokens get this step's stamp."""
+    batch, tokens, _ = stamps.shape
+    now = step.extras["step"].expand(batch, tokens, 1)
+    step.cache_out[stamps.name] = torch.cat([now, step.cache_in[stamps.name][..., :forecast]], dim=-1)
+
+
 def _store(step: StepGraph, plan: CachePlan, names: UnitCaches, written: list[Any]) -> None:
-    """Name the caches of one unit: the new update enters, the older ones move down, all tokens get this step's stamp."""
+    """Name the caches of one unit: its update, and what else the region gave."""
     update, *rest = written
-    older = [step.cache_in[spec.name] for spec in names.updates[:-1]]
-    for spec, value in zip(names.updates, [update, *older], strict=True):
-        step.cache_out[spec.name] = value
+    _moved_down(step, names.updates, update)
     if names.stamps is not None:
-        batch, tokens, _ = names.stamps.shape
-        now = step.extras["step"].expand(batch, tokens, 1)
-        step.cache_out[names.stamps.name] = torch.cat([now, step.cache_in[names.stamps.name][..., : plan.config.forecast]], dim=-1)
+        _stamp(step, names.stamps, plan.config.forecast)
+    if names.companion_stamps is not None and names.companion_stamps != names.stamps:
+        _stamp(step, names.companion_stamps, plan.config.forecast)
     score = [(names.score,)] if names.score is not None else []
     for history, value in zip([*score, *names.context], rest, strict=True):
-        for spec, moved in zip(history, [value, *(step.cache_in[spec.name] for spec in history[:-1])], strict=True):
-            step.cache_out[spec.name] = moved
+        _moved_down(step, history, value)
+
+
+def _store_companions(step: StepGraph, names: UnitCaches, outputs: list[Node], before: list[Any], companions: Sequence[Companion]) -> None:
+    """Name the caches of the other streams' updates, where the plan has them."""
+    for history, companion, x in zip(names.companions, companions, before, strict=False):
+        _moved_down(step, history, step.proxy(outputs[companion.output]) - x)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
-from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, lifted_names
+from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
@@ -50,7 +50,8 @@ def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
     auto = [{axis: Dim.AUTO for axis, size in enumerate(v.shape) if size > 1} if isinstance(v, Tensor) else None for v in call.leaves]
     args, kwargs = pytree.tree_unflatten(auto, call.in_spec)
     shapes: dict[str, Any] = {}
-    parameters = list(inspect.signature(call.module.forward).parameters.values())
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    parameters = [p for p in inspect.signature(call.module.forward).parameters.values() if p.kind not in named]
     for position, value in enumerate(args):
         parameter = parameters[min(position, len(parameters) - 1)]
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
@@ -73,12 +74,14 @@ def _body(name: str, call: BlockCall) -> Body:
         exported = _export_block(call)
     except Exception as error:
         raise UnsupportedModelError(
-            call.fqn, f"torch.export cannot capture the block with a free token count: {error}", "Its tokens are not separable."
+            call.fqn, f"torch.export cannot capture the block with a free token count: {first_line(error)}", "Its tokens are not separable."
         ) from error
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs) or _writes_to_inputs(exported.graph):
         raise UnsupportedModelError(
             call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."
         )
+    if _writes_through_views(exported.graph):
+        exported = exported.run_decompositions({})
     lifted = lifted_names(exported)
     graph = Graph()
     root: dict[str, Any] = {}
@@ -97,16 +100,36 @@ def _body(name: str, call: BlockCall) -> Body:
                 env[node] = graph.get_attr(target)
                 env[node].meta = dict(node.meta)
         elif node.op == "output":
-            graph.output(tuple(env[value] for value in node.args[0] if isinstance(value, Node)))
+            graph.output(tuple(_own(graph, env[value]) for value in node.args[0] if isinstance(value, Node)))
         elif _is_inactive_dropout(node) or _is_cast_to_own_dtype(node):
             env[node] = env[node.args[0]]
         else:
+            if node.op == "get_attr":  # the graph within an autocast region
+                root[node.target] = getattr(exported.graph_module, node.target)
             env[node] = graph.node_copy(node, lambda n: env[n])
     drop_checks(graph)
     graph.eliminate_dead_code()
     graph_module = GraphModule(root, graph)
     names = tuple(lifted[node.name][1] for node in weights)
     return Body(name, graph_module, names, len(inputs), len(call.output_tensors))
+
+
+def _own(graph: Graph, value: Node) -> Node:
+    """``value``, or a copy of it where it is an input that the block hands through: a region returns none of its inputs."""
+    if value.op != "placeholder":
+        return value
+    copy = graph.call_function(torch.ops.aten.clone.default, (value,))
+    copy.meta = dict(value.meta)
+    return copy
+
+
+def _writes_through_views(graph: Graph) -> bool:
+    """Whether an operation writes in place and its result is not read: the effect shows only in what it is a view of.
+
+    The passes follow values, so such a graph (CogVideoX rotates the image's part of its queries) is made functional first.
+    """
+    calls = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return any(node.target._schema.is_mutable and not node.users for node in calls)
 
 
 def _writes_to_inputs(graph: Graph) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tokencache_compile.ir import BlockProgram, CacheUnit, StepProgram
+from tokencache_compile.errors import UnsupportedModelError
+from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
 from tokencache_compile.passes.analysis import analyse
 from tokencache_compile.passes.cached_step import make_cached
-from tokencache_compile.passes.capture import capture
+from tokencache_compile.passes.capture import block_lists, capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
 from tokencache_compile.passes.groups import find_groups
@@ -39,21 +40,45 @@ class StepPrograms(StepTable):
     output_spec: Any
 
 
-def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
-    """Capture → outline → analyse → plan → fold → I-step and P-steps, verified after each.
+def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram, Capture]:
+    """Capture → outline → analyse: all that does not depend on settings.
+
+    Where a model has several lists of blocks and one of them cannot be cached (VACE's control blocks, Latte's blocks over time),
+    that list becomes part of the model around the others, which runs in full on every step; the provenance tells.
+
+    Raises:
+        InputError: see :func:`capture`.
+        UnsupportedModelError: the first refusal, if no list of blocks can be cached.
+    """
+    left_out: dict[str, UnsupportedModelError] = {}
+    while True:
+        try:
+            captured = capture(model, kwargs, frozenset(left_out))
+            program = outline(captured, model)
+            verify_blocks(program)
+            program = analyse(program, captured)
+        except UnsupportedModelError as refusal:
+            blocks = refusal.where.rpartition(".")[0]
+            lists = block_lists(model)
+            if blocks not in lists or len(lists) - len(left_out) == 1:
+                if not left_out:
+                    raise
+                raise next(iter(left_out.values())) from refusal
+            left_out[blocks] = refusal
+        else:
+            notes = tuple(f"left out {name}: {refusal.reason}" for name, refusal in left_out.items())
+            return replace(program, provenance=(*notes, *program.provenance)), captured
+
+
+def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
+    """Plan → fold → I-step and P-steps, verified after each.
 
     A model on the meta device gives the same graphs and MACs; what compares values is left out, as there are none.
 
-    Args:
-        kwargs: keyword arguments of one call; see :func:`capture`.
-
     Raises:
-        InputError, UnsupportedModelError, ConfigError: see the passes.
+        UnsupportedModelError, ConfigError: see the passes.
     """
-    captured = capture(model, kwargs)
-    program = outline(captured, model)
-    verify_blocks(program)
-    program = find_groups(analyse(program, captured))
+    program = find_groups(program)
     must_share = any(body.known_roles.needs_shared_index for body in program.bodies)
     stream = program.known_stream
     plan = resolve_plan(config, len(program.blocks), stream.tokens, must_share, stream.batch)
@@ -77,3 +102,15 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
         initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
         same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])
     return steps
+
+
+def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
+    """Every pass in order: :func:`analysed`, then :func:`steps_of`.
+
+    Args:
+        kwargs: keyword arguments of one call; see :func:`capture`.
+
+    Raises:
+        InputError, UnsupportedModelError, ConfigError: see the passes.
+    """
+    return steps_of(*analysed(model, kwargs), config, predictor)

@@ -14,17 +14,10 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from tokencache_compile.ir import Body, Stream
-from tokencache_compile.passes.cache_ops import (
-    add_forecast,
-    extrapolate,
-    forecast_weights,
-    put_tokens,
-    take_tokens,
-    token_rows,
-    update_score,
-)
+from tokencache_compile.ir import Body, Layout, Stream
+from tokencache_compile.passes.cache_ops import add_forecast, extrapolate, forecast_weights, update_score
 from tokencache_compile.passes.context import BodyCopy
+from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.narrow_linears import narrow_linears
 from tokencache_compile.plan import CacheConfig
 
@@ -71,39 +64,45 @@ def plain_region(body: Body) -> Region:
     if all(attention.groups is None for attention in body.known_roles.attentions):
         return Region(body.graph_module)
     region = _RegionGraph(body)
-    copy = BodyCopy(region.graph, body, region.weights, region.inputs)
-    copy.run()
-    outputs: Any = body.graph_module.graph.output_node().args[0]
-    return region.finish(body, [region.proxy(copy.all_tokens[node]) for node in outputs])
+    copy = BodyCopy(region.tracer, body, region.weights, region.inputs)
+    return region.finish(body, [region.proxy(node) for node in copy.run()])
 
 
-def full_region(body: Body, config: CacheConfig, has_score: bool) -> Region:
-    """An I-step's block: ``(*weights, *inputs, [previous update]) -> (stream, update, [score], *context caches)``.
+def full_region(body: Body, config: CacheConfig, stream: Stream, has_score: bool) -> Region:
+    """An I-step's block: ``(*weights, *inputs, [previous update]) -> (*outputs, update, [score], *context caches)``.
 
-    The stream is the block's own output, bit for bit; the caches are read off beside it.
+    The outputs are the block's own, bit for bit; the caches are read off beside them.
     """
     region = _RegionGraph(body)
     roles = body.known_roles
     previous = region.placeholder("previous_update") if has_score and config.scorer == "change" else None
-    copy = BodyCopy(region.graph, body, region.weights, region.inputs)
-    output = region.proxy(copy.run())
-    update = output - region.proxy(region.inputs[roles.stream_input])
-    scores = [update_score(update, previous)] if has_score else []
-    context = [region.proxy(node) for node in copy.context_values(config.context)]
-    return region.finish(body, [output, update, *scores, *context])
+    copy = BodyCopy(region.tracer, body, region.weights, region.inputs)
+    outputs = [region.proxy(node) for node in copy.run()]
+    update = outputs[roles.stream_output] - region.proxy(region.inputs[roles.stream_input])
+    scores = [_score(update, previous, roles.layout, stream.tokens)] if has_score else []
+    context = [region.proxy(node) for node in copy.context_values(config.context, stream.tokens)]
+    return region.finish(body, [*outputs, update, *scores, *context])
 
 
-def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, context_depths: Sequence[int]) -> Region:
-    """A P-step's block: ``(*weights, *inputs, index, *forecast, *updates, [score], *context) -> (stream, *written caches)``.
+def _score(update: Any, previous: Any, layout: Layout, tokens: int) -> Any:
+    """The scores of ``tokens`` tokens, of updates that stand in ``layout``."""
+    if layout.others:
+        update, previous = (v if v is None else v.narrow(1, layout.before, tokens) for v in (update, previous))
+    return update_score(update, previous)
+
+
+def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, context_depths: Sequence[int]) -> Region:
+    """A P-step's block: ``(*weights, *inputs, index, *forecast, *updates, [score], *context) -> (*outputs, *written caches)``.
 
     Gathers the tokens of ``index`` [B, n], runs the body on them and scatters the stream back; every other token adds its
-    held or forecast update. ``forecast`` is nothing (order 0), the m+1 weights [1, 1, 1] that hold for all tokens (only
-    I-steps in the history), or each token's stamps and the step. ``updates`` are newest first; the score is there if the
-    scorer keeps one. Which caches are written: see :func:`caches.written_in_p_steps`.
+    held or forecast update. Rows and streams of other tokens (text) are computed in full. ``forecast`` is nothing (order 0),
+    the m+1 weights [1, 1, 1] that hold for all tokens (only I-steps in the history), or each token's stamps and the step.
+    ``updates`` are newest first; the score is there if the scorer keeps one. Which caches are written: see
+    :func:`caches.written_in_p_steps`.
     """
     region = _RegionGraph(body)
     roles = body.known_roles
-    batch, tokens, order = stream.batch, stream.tokens, config.forecast
+    layout, order = roles.layout, config.forecast
     shared = config.history == "full_steps"
     index = region.placeholder("index")
     if order and shared:
@@ -117,44 +116,40 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, kept: int, co
     score = region.placeholder("score") if config.scorer in ("change", "norm") else None
     context = [[region.placeholder(f"{config.context}_{i}_{j}") for j in range(depth)] for i, depth in enumerate(context_depths)]
 
-    rows = token_rows(index, batch, tokens)
-
-    def take(value: Any) -> Any:
-        return take_tokens(value, rows, batch, kept)
-
-    def put(value: Any, new: Any) -> Any:
-        return put_tokens(value, rows, new, batch, tokens)
-
+    kept = KeptRows(index, stream, count)
     kept_inputs = list(region.inputs)
     x = region.proxy(region.inputs[roles.stream_input])
-    x_kept = take(x)
+    x_kept = kept.take(x, layout)
     kept_inputs[roles.stream_input] = x_kept.node
     for side in roles.side_inputs:
-        value = region.proxy(region.inputs[side.position])
-        if side.has_batch:
-            moved = take(value.transpose(1, side.token_dim)).transpose(1, side.token_dim)
-        else:
-            moved = value.index_select(side.token_dim, index[0])
-        kept_inputs[side.position] = moved.node
+        value = kept.take_along(region.proxy(region.inputs[side.position]), side.token_dim, side.has_batch, side.layout)
+        if side.other_dim is not None:
+            value = kept.take_along(value, side.other_dim, side.has_batch, side.layout)
+        kept_inputs[side.position] = value.node
 
-    copy = BodyCopy(region.graph, body, region.weights, region.inputs, kept_inputs)
+    copy = BodyCopy(region.tracer, body, region.weights, region.inputs, kept_inputs)
     new_context: list[Any] = []
     if config.context == "reuse":
-        given = [extrapolate([take(value) for value in history], forecast if len(history) > 1 else []) for history in context]
+        given = []
+        for history, source in zip(context, roles.attention_outputs, strict=False):
+            values = history if source.layout is None else [kept.take(value, source.layout) for value in history]
+            given.append(extrapolate(values, forecast if len(history) > 1 else []))
     else:
         given = [history[0] for history in context]
-    output = region.proxy(copy.run_kept(config.context, given, put, new_context))
+    outputs = [region.proxy(node) for node in copy.run_kept(config.context, given, kept, new_context)]
+    output = outputs[roles.stream_output]
     held = add_forecast(x, updates, forecast)
-    stream_out = put(held, output)
+    outputs[roles.stream_output] = kept.put(held, output, layout)
     if shared:
-        return region.finish(body, [stream_out, *new_context])
+        return region.finish(body, [*outputs, *new_context])
     update = output - x_kept
-    results = [stream_out, put(updates[0], update)]
-    older = [take(value) for value in updates[: max(order, 1)]]
-    results += [put(cache, value) for cache, value in zip(updates[1:], older, strict=False)]
+    results = [*outputs, kept.put(updates[0], update, layout)]
+    older = [kept.take(value, layout) for value in updates[: max(order, 1)]]
+    results += [kept.put(cache, value, layout) for cache, value in zip(updates[1:], older, strict=False)]
     if order:
-        now = torch.cat([step.expand(batch, kept, 1), take(stamps)[..., :order]], dim=-1)
-        results.append(put(stamps, now))
+        now = torch.cat([step.expand(stream.batch, count + layout.others, 1), kept.take(stamps, layout)[..., :order]], dim=-1)
+        results.append(kept.put(stamps, now, layout))
     if score is not None:
-        results.append(put(score, update_score(update, older[0] if config.scorer == "change" else None)))
+        new = _score(update, older[0] if config.scorer == "change" else None, layout, count)
+        results.append(kept.put(score, new, Layout()))
     return region.finish(body, [*results, *new_context])

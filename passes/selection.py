@@ -31,6 +31,9 @@ def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePre
     weights = [step.weight(f"predictor.block.{name}", tensors[name]) for name in body.weight_names]
     outputs = step.call(body.name, lambda: plain_region(body), [*weights, *first_inputs], body.num_outputs)
     hidden = step.proxy(outputs[body.known_roles.stream_output])
+    layout = body.known_roles.layout
+    if layout.others:
+        hidden = hidden.narrow(1, layout.before, program.known_stream.tokens)
     head = [step.proxy(step.weight(f"predictor.head.{name}", tensor)) for name, tensor in predictor.head.named_parameters()]
     return torch.nn.functional.linear(hidden, *head).transpose(1, 2)
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 
 from tokencache_compile.errors import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, Capture, StepProgram
 from tokencache_compile.macs import MacCounter
 from tokencache_compile.passes.capture import BLOCK_OP
+from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.regions import cached_region
 from tokencache_compile.plan import CacheConfig, CachePlan
 
@@ -35,23 +36,29 @@ def verify_blocks(program: BlockProgram) -> None:
 
 
 def run_on_shapes(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int], counter: MacCounter) -> Sequence[Tensor]:
-    """Run the step on fake tensors of the shapes of ``inputs``, ``counter`` counting; see :func:`verify_step`."""
+    """Run the step, ``counter`` counting, on shapes alone: the values of ``inputs`` are used only where shapes depend on them."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            return _run(step, [mode.from_tensor(t) for t in inputs], num_random, counter)
+    except (DynamicOutputShapeException, UnsupportedOperatorException):  # a mask's values decide shapes in it
+        counter.macs = 0
+        return _run(step, inputs, num_random, counter)
+
+
+def _run(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int], counter: MacCounter) -> Sequence[Tensor]:
     device = inputs[0].device
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        fakes: list[Tensor] = [mode.from_tensor(t) for t in inputs]
-        for name in extra_inputs(step):
-            fakes.append(torch.empty(num_random if name == "random_scores" else (), device=device))
-        fakes += [torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
-        with counter:
-            results: Sequence[Tensor] = step.module(*fakes)
+    extras = [torch.zeros(num_random if name == "random_scores" else (), device=device) for name in extra_inputs(step)]
+    caches = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
+    with torch.no_grad(), counter:
+        results: Sequence[Tensor] = step.module(*inputs, *extras, *caches)
     return results
 
 
 def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int]) -> int:
-    """Run the step on shapes alone: caches come out as they went in. Returns the step's MACs.
+    """Run the step on shapes alone, where they suffice: caches come out as they went in. Returns the step's MACs.
 
     Args:
-        inputs: example inputs (only their shapes are used).
+        inputs: example inputs (their values are used only where shapes depend on them).
         num_random: shape [1, L cached, N] of the ``random_scores`` input, if the step has one.
     """
     step.module.graph.lint()
@@ -82,22 +89,30 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
         kept = max(stream.tokens // 2, 1)
         index = torch.randperm(stream.tokens, generator=draw)[:kept].expand(stream.batch, -1).to(stream.device)
         tensors = list(call.tensors)
-        x = torch.randn(tensors[roles.stream_input].shape, generator=draw).to(tensors[roles.stream_input])
-        tensors[roles.stream_input] = x
+        for position in (roles.stream_input, *(c.input for c in roles.companions)):
+            tensors[position] = torch.randn(tensors[position].shape, generator=draw).to(tensors[position])
         weights = [program.tensors[name] for name in block.weight_fqns(body)]
         region = cached_region(body, config, stream, kept, ()).graph_module
         with torch.no_grad():
-            expected = body.graph_module(*weights, *tensors)[roles.stream_output][:, index[0]].float()
-            got = region(*weights, *tensors, index, torch.zeros_like(x))[0][:, index[0]].float()
-        tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
-        error = (got - expected).norm() / (expected - x[:, index[0]].float()).norm().clamp_min(1e-6)
-        if not bool(error < tolerance) and not torch.allclose(got, expected, atol=1e-5):
+            expected = body.graph_module(*weights, *tensors)
+            got = region(*weights, *tensors, index, torch.zeros_like(tensors[roles.stream_input]))
+        rows = KeptRows(index, stream, kept).positions(roles.layout)[0]
+        streams = [(roles.stream_input, roles.stream_output, rows)]
+        streams += [(c.input, c.output, torch.arange(c.shape[1], device=stream.device)) for c in roles.companions]
+        if not all(_agree(got[o][:, rows], expected[o][:, rows], tensors[i][:, rows]) for i, o, rows in streams):
             raise UnsupportedModelError(
                 call.fqn,
                 "its tokens reach each other in other ways than torch.nn.functional.scaled_dot_product_attention, "
                 f"so context={plan.config.context!r} cannot be made for them",
                 'Use context="kept", or an attention processor that calls that function (AttnProcessor2_0).',
             )
+
+
+def _agree(got: Tensor, expected: Tensor, x: Tensor) -> bool:
+    """Whether a block gave what was expected of it, up to rounding; ``x`` is what it was given."""
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
+    error = (got.float() - expected.float()).norm() / (expected.float() - x.float()).norm().clamp_min(1e-6)
+    return bool(error < tolerance) or torch.allclose(got.float(), expected.float(), atol=1e-5)
 
 
 def same_as_eager(step: StepProgram, captured: Capture, initial: Sequence[Tensor]) -> None:

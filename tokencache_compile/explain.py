@@ -219,6 +219,14 @@ def _gathered(body: Body) -> str:
     return " ".join([", ".join(names), *shared]) or "nothing but the stream: no other input has a token axis"
 
 
+def _computed_in_full(body: Body) -> str:
+    """The tokens that every P-step computes: other streams, and other rows of the cached one."""
+    roles = body.known_roles
+    found = [f"{placeholders(body)[c.input].name} {list(c.shape)}" for c in roles.companions]
+    found += [f"{roles.layout.others} rows of the stream"] if roles.layout.others else []
+    return ", ".join(found)
+
+
 def _attention(body: Body) -> str:
     count = len(body.known_roles.attentions)
     return f"{count} self-attention{'s' if count > 1 else ''}" if count else "no self-attention, so the contexts do not differ"
@@ -254,6 +262,8 @@ def describe_program(program: BlockProgram, plan: CachePlan) -> Table:
         rows.add_row(of, Text(name_blocks([block.fqn for block in program.blocks if block.body == index])))
         rows.add_row("  attention", Text(_attention(body)))
         rows.add_row("  gathers", Text(_gathered(body)))
+        if not body.known_roles.is_alone:
+            rows.add_row("  in full", Text(_computed_in_full(body)))
     shared = any(body.known_roles.needs_shared_index for body in program.bodies)
     reason = " (a per-token input has no batch axis, so all rows must share it)" if shared else ""
     rows.add_row("index set", Text(f"one per {plan.config.selection}{reason}"))

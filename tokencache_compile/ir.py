@@ -44,6 +44,7 @@ class BlockCall:
 class Capture:
     """The model around its blocks: a graph in which every block is one opaque call, and how the blocks were called.
 
+    ``sample_inputs`` are the positions of the model's first argument among ``example_inputs``: what the sampler changes.
     ``output_spec`` (a pytree) rebuilds what the model returns, its output class included, from ``example_outputs``.
     """
 
@@ -51,17 +52,35 @@ class Capture:
     calls: tuple[BlockCall, ...]
     input_names: tuple[str, ...]
     example_inputs: tuple[Tensor, ...]
+    sample_inputs: tuple[int, ...]
     example_outputs: tuple[Tensor, ...]
     output_spec: Any
 
 
 @dataclass(frozen=True)
+class Layout:
+    """A token axis: ``before`` rows of other tokens, the N cached tokens, ``after`` more rows of others (text beside an image)."""
+
+    before: int = 0
+    after: int = 0
+
+    @property
+    def others(self) -> int:
+        return self.before + self.after
+
+
+@dataclass(frozen=True)
 class SideInput:
-    """A tensor input of a block other than the stream that has a token axis (rotary tables, masks)."""
+    """A tensor input of a block other than its streams that has a token axis (rotary tables, masks).
+
+    A mask between tokens has a second one, ``other_dim``.
+    """
 
     position: int
     token_dim: int
     has_batch: bool
+    layout: Layout = Layout()
+    other_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,27 +94,64 @@ class Groups:
 
 @dataclass(frozen=True)
 class Attention:
-    """One self-attention of a body: the call node, and the node of the attention module's output."""
+    """One self-attention of a body: the call node, and how its keys lie. Joint attention has the text's keys beside the tokens'.
+
+    ``has_batch`` is False where its rows are not the stream's samples (Mochi attends sample by sample). ``mask_rows`` tells
+    how the queries lie, and whether each sample has its own, where the mask is one between tokens; ``groups`` those it keeps apart.
+    """
 
     node: str
-    output: str
+    keys: Layout
+    has_batch: bool = True
+    mask_rows: tuple[Layout, bool] | None = None
     groups: Groups | None = None
 
 
 @dataclass(frozen=True)
+class AttentionOutput:
+    """What a self-attention gives to the rest of the body: the node and its rows; ``layout`` is None where none is a cached token's."""
+
+    node: str
+    rows: int
+    layout: Layout | None
+    has_batch: bool = True
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A stream that runs along with the cached one (text beside image): computed in full wherever the block runs."""
+
+    input: int
+    output: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Roles:
-    """What the analysis found out about a body: the stream, its token axis, and what gathers along with it."""
+    """What the analysis found out about a body: its streams, the token axis, and what gathers along with it.
+
+    ``layout`` is the cached stream's own: a block may take text and image as one stream.
+    """
 
     stream_input: int
     stream_output: int
     token_dim: int
-    side_inputs: tuple[SideInput, ...]
-    attentions: tuple[Attention, ...]
+    layout: Layout = Layout()
+    companions: tuple[Companion, ...] = ()
+    side_inputs: tuple[SideInput, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    attention_outputs: tuple[AttentionOutput, ...] = ()
 
     @property
     def needs_shared_index(self) -> bool:
         """True where a per-token side input has no batch axis, so that all samples must keep the same tokens."""
         return any(not side.has_batch for side in self.side_inputs)
+
+    @property
+    def is_alone(self) -> bool:
+        """True where the block computes nothing but cached tokens: no other stream, no other rows in its own."""
+        return not self.companions and not self.layout.others
 
 
 @dataclass(frozen=True)
@@ -134,7 +190,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Stream:
-    """The cached token stream: shape and dtype at the blocks, for this input signature."""
+    """The cached tokens: their number, shape and dtype at the blocks, for this input signature."""
 
     batch: int
     tokens: int

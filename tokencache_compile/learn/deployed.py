@@ -34,7 +34,7 @@ class DeployedBlocks:
         # Forecasts come in ready made, and no score is kept.
         config = replace(config, forecast=0, history="full_steps", scorer="random")
         stream = stack.program.known_stream
-        self._full = [full_region(body, config, has_score=False).graph_module for body in stack.program.bodies]
+        self._full = [full_region(body, config, stream, has_score=False).graph_module for body in stack.program.bodies]
         depths = [[1] * self._num_context(number, config) for number in range(len(stack.program.bodies))]
         self._kept = [
             cached_region(body, config, stream, stream.tokens, depth).graph_module
@@ -43,8 +43,8 @@ class DeployedBlocks:
         self._index = torch.arange(stream.tokens, device=stream.device).expand(stream.batch, -1)
 
     def _num_context(self, number: int, config: CacheConfig) -> int:
-        attentions = len(self.stack.program.bodies[number].known_roles.attentions)
-        return attentions * {"kept": 0, "full": 0, "cached": 2, "reuse": 1}[config.context]
+        roles = self.stack.program.bodies[number].known_roles
+        return {"kept": 0, "full": 0, "cached": 2 * len(roles.attentions), "reuse": len(roles.attention_outputs)}[config.context]
 
     def full(self, block: Block, inputs: Sequence[Tensor]) -> tuple[Tensor, Cached]:
         """An I-step's block: its output stream [B, N, C], and what it caches."""

@@ -17,11 +17,11 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from tokencache_compile.calls import bind_call
-from tokencache_compile.errors import InputError
+from tokencache_compile.errors import InputError, UnsupportedModelError
 from tokencache_compile.ir import Block, BlockProgram
-from tokencache_compile.passes.analysis import analyse
-from tokencache_compile.passes.capture import BLOCK_OP, capture
-from tokencache_compile.passes.outline import block_call_index, outline
+from tokencache_compile.passes.capture import BLOCK_OP
+from tokencache_compile.passes.outline import block_call_index
+from tokencache_compile.passes.pipeline import analysed
 from tokencache_compile.predictor import CachePredictor
 
 Visit = Callable[[Block, list[Tensor]], Tensor]
@@ -52,8 +52,12 @@ class BlockStack:
 
     def __init__(self, model: nn.Module, kwargs: Mapping[str, Any], trainable: frozenset[str] = frozenset()) -> None:
         self.model = model
-        captured = capture(model, call_of(model, kwargs))
-        self.program: BlockProgram = analyse(outline(captured, model), captured)
+        self.program: BlockProgram = analysed(model, call_of(model, kwargs))[0]
+        others = next((block.fqn for block in self.program.blocks if not self.program.body_of(block).known_roles.is_alone), None)
+        if others is not None:
+            raise UnsupportedModelError(
+                others, "it carries other tokens than the cached ones (text)", "Training and calibration know blocks of one stream."
+            )
         self._trainable = trainable
 
     def weights_of(self, block: Block) -> list[Tensor]:

@@ -1,0 +1,210 @@
+"""Independent reference of one I-step and one P-step, for any diffusers transformer: ``block.forward`` patched on the eager model.
+
+No graphs, and no code of `tokencache_compile`. A P-step's block gathers its tokens, runs the module itself on them and scatters;
+what its attention sees is decided by patching ``scaled_dot_product_attention`` meanwhile. Axes are told by their sizes, so a
+family's token counts must be unlike its other sizes. Updates are held (no forecast), and all samples keep the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Sdpa = Callable[..., Tensor]
+
+
+@dataclass
+class Recorded:
+    """What a block did on all tokens."""
+
+    update: Tensor  # of the cached stream, which may have rows of text too
+    stream: tuple[int, int]  # its position among the leaves of the inputs and of the outputs
+    others: int  # rows beside the tokens' in the joint axis
+    attention: list[tuple[Any, ...]]  # of each call, in order: query, key, value, mask, result
+    modules: dict[str, Any] = field(default_factory=dict)  # self-attention module -> what it returned
+
+
+@contextmanager
+def attention_replaced(replacement: Callable[[Sdpa, int], Sdpa]) -> Iterator[None]:
+    """``replacement(original, number of the call)`` stands for every attention meanwhile."""
+    original, numbers = F.scaled_dot_product_attention, iter(range(10**6))
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        return replacement(original, next(numbers))(*args, **kwargs)
+
+    F.scaled_dot_product_attention = call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+class PlainBlocks:
+    """I- and P-steps of ``model`` whose blocks ``names`` are cached; N ``tokens``, text before or behind them where they are joined."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], tokens: int, context: str, text_first: bool, reuse_module: bool) -> None:
+        self.model, self.names, self.tokens, self.context = model, names, tokens, context
+        self.text_first, self.reuse_module = text_first, reuse_module
+        self.recorded: dict[str, Recorded] = {}
+
+    @torch.no_grad()
+    def full_step(self, kwargs: dict[str, Any]) -> Tensor:
+        """The model's own step; everything cached is taken from it."""
+        with self._patched(self._record):
+            return self._call(kwargs)
+
+    @torch.no_grad()
+    def cached_step(self, kwargs: dict[str, Any], kept: dict[str, Tensor]) -> Tensor:
+        """A P-step: block ``name`` computes the tokens ``kept[name]`` [n], all others add what the I-step added."""
+        with self._patched(lambda name, block, forward, args, kw: self._partial(name, block, forward, args, kw, kept[name])):
+            return self._call(kwargs)
+
+    def _call(self, kwargs: dict[str, Any]) -> Tensor:
+        output = self.model(**kwargs)
+        while not isinstance(output, Tensor):
+            output = output[0]
+        return output
+
+    @contextmanager
+    def _patched(self, forward: Callable[..., Any]) -> Iterator[None]:
+        blocks = {name: self.model.get_submodule(name) for name in self.names}
+        for name, block in blocks.items():
+            own = block.forward
+            block.forward = lambda *a, n=name, b=block, f=own, **kw: forward(n, b, f, a, kw)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block in blocks.values():
+                del block.forward
+
+    def _record(self, name: str, block: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        record, result = self._run_on_all(block, forward, args, kwargs)
+        self.recorded[name] = record
+        return result
+
+    def _run_on_all(self, block: nn.Module, forward: Any, args: Any, kwargs: Any) -> tuple[Recorded, Any]:
+        calls: list[tuple[Any, ...]] = []
+        stack: list[str] = []
+        returned: dict[str, Any] = {}
+        attending: set[str] = set()
+
+        def listen(sdpa: Sdpa, _: int) -> Sdpa:
+            def listening(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
+                out = sdpa(query, key, value, attn_mask, *rest, **more)
+                calls.append((query, key, value, attn_mask, out))
+                if key.shape[-2] >= self.tokens and stack:
+                    attending.add(stack[-1])
+                return out
+
+            return listening
+
+        def entering(path: str) -> Any:
+            return lambda *_: stack.append(path)
+
+        def leaving(path: str) -> Any:
+            def note(_module: nn.Module, _inputs: Any, out: Any) -> None:
+                stack.pop()
+                returned[path] = out
+
+            return note
+
+        inner = [(path, module) for path, module in block.named_modules() if path]
+        handles = [module.register_forward_pre_hook(entering(path)) for path, module in inner]
+        handles += [module.register_forward_hook(leaving(path)) for path, module in inner]
+        with attention_replaced(listen):
+            result = forward(*args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        leaves, outputs = pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(result)
+        joint = [key.shape[-2] for _, key, *_ in calls if key.shape[-2] >= self.tokens]
+        i, o = self._stream(leaves, outputs, {self.tokens, *joint})
+        others = max([leaves[i].shape[1], *joint]) - self.tokens
+        record = Recorded(outputs[o] - leaves[i], (i, o), others, calls, {path: returned[path] for path in attending})
+        return record, result
+
+    def _stream(self, leaves: list[Any], outputs: list[Any], sizes: set[int]) -> tuple[int, int]:
+        for size in sorted(sizes):
+            for o, out in enumerate(outputs):
+                if isinstance(out, Tensor) and out.dim() == 3 and out.shape[1] == size:
+                    return next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.shape == out.shape), o
+        raise AssertionError(f"no stream of {sorted(sizes)} tokens")
+
+    # -- a P-step's block ---------------------------------------------------------------------------------------------
+
+    def _rows(self, size: int, others: int, kept: Tensor) -> Tensor | None:
+        """Which rows of an axis of ``size`` a P-step works on: the kept tokens, and all of the text; None for other axes."""
+        if size == self.tokens:
+            return kept
+        if not others or size != self.tokens + others:
+            return None
+        if self.text_first:
+            return torch.cat([torch.arange(others), kept + others])
+        return torch.cat([kept, torch.arange(others) + self.tokens])
+
+    def _gather(self, value: Any, others: int, kept: Tensor) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        for axis, size in enumerate(value.shape):
+            rows = self._rows(size, others, kept)
+            value = value if rows is None else value.index_select(axis, rows)
+        return value
+
+    def _partial(self, name: str, block: nn.Module, forward: Any, args: Any, kwargs: Any, kept: Tensor) -> Any:
+        before = self.recorded[name]
+        i, o = before.stream
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        stream = leaves[i]
+        now = self._run_on_all(block, forward, args, kwargs)[0] if self.context == "full" else before
+        few = [self._gather(leaf, before.others, kept) for leaf in leaves]
+        few_args, few_kwargs = pytree.tree_unflatten(few, spec)
+        seeing = attention_replaced(lambda sdpa, number: self._seeing(sdpa, now.attention[number], before.others, kept))
+        with seeing, self._modules_replaced(block, before, kept):
+            outputs, out_spec = pytree.tree_flatten(forward(*few_args, **few_kwargs))
+        moved = stream + before.update
+        moved[:, self._rows(stream.shape[1], before.others, kept)] = outputs[o]
+        outputs[o] = moved
+        return pytree.tree_unflatten(outputs, out_spec)
+
+    def _seeing(self, sdpa: Sdpa, everything: tuple[Any, ...], others: int, kept: Tensor) -> Sdpa:
+        """The attention of the kept tokens, in the context asked for; ``everything``: the same call on all tokens."""
+        _, all_keys, all_values, all_mask, all_out = everything
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **more: Any) -> Tensor:
+            rows = self._rows(all_keys.shape[-2], others, kept)
+            if self.context == "kept" or (self.context == "reuse" and self.reuse_module) or rows is None:
+                return sdpa(query, key, value, attn_mask, *rest, **more)
+            if self.context == "reuse":
+                return all_out.index_select(-2, self._rows(all_out.shape[-2], others, kept))
+            if all_mask is not None:
+                queries = self._rows(all_mask.shape[-2], others, kept)
+                all_rows = all_mask if queries is None else all_mask.index_select(-2, queries)
+            else:
+                all_rows = None
+            if self.context == "full":
+                return sdpa(query, all_keys, all_values, all_rows, *rest, **more)
+            keys, values = all_keys.clone(), all_values.clone()
+            keys[..., rows, :], values[..., rows, :] = key, value
+            return sdpa(query, keys, values, all_rows, *rest, **more)
+
+        return attend
+
+    @contextmanager
+    def _modules_replaced(self, block: nn.Module, before: Recorded, kept: Tensor) -> Iterator[None]:
+        """Under ``reuse`` the self-attention modules give what they gave at the I-step."""
+        paths = before.modules if self.context == "reuse" and self.reuse_module else {}
+        modules = [block.get_submodule(path) for path in paths]
+        for module, given in zip(modules, paths.values(), strict=True):
+            out = pytree.tree_map(lambda value: self._gather(value, before.others, kept), given)
+            module.forward = lambda *_, out=out, **__: out  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward

@@ -58,8 +58,8 @@ def settings() -> str:
 
 def learned_rows(prefix: str, by: str = "full_step_equivalents") -> str:
     """The rows of one of the tables in the shape of the paper's VI to IX, sorted by a field."""
-    distances = frechet_rows()
     found = {name.removeprefix(prefix): row for name, row in read(TABLES)["rows"].items() if name.startswith(prefix)}
+    distances = {name: row for name, row in frechet_rows().items() if name.startswith(prefix)}
     rows = []
     for name, row in sorted(found.items(), key=lambda item: item[1][by]):
         deviation = f"{row['pred_x0_mae']:.4f}" if "pred_x0_mae" in row else "–"

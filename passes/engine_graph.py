@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from tokencache_compile.errors import ConfigError
+from tokencache_compile.errors import ConfigError, ExportError
 from tokencache_compile.ir import EngineGraph, StepIO, StepProgram, TensorSpec
 from tokencache_compile.passes.drop_squeezes import drop_squeezes
 from tokencache_compile.passes.inline_regions import inline_regions
@@ -36,6 +36,7 @@ def engine_graphs(steps: StepPrograms, output_names: Sequence[str], selection: S
 
     Raises:
         ConfigError: ``selection`` is neither.
+        ExportError: a shape in a step depends on values.
     """
     if selection not in get_args(SelectionPlace):
         raise ConfigError(f'selection={selection!r} was asked for; tokens are selected in the "graph" or on the "host".')
@@ -126,7 +127,13 @@ def _cut(
     cut.graph.lint()
     inputs = tuple(specs[str(n.target)] for n in graph.nodes if n.op == "placeholder")
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        values = _Shapes(cut).run(*(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in inputs))
+        try:
+            values = _Shapes(cut).run(*(torch.empty(spec.shape, dtype=spec.dtype, device=device) for spec in inputs))
+        except (DynamicOutputShapeException, UnsupportedOperatorException) as error:
+            raise ExportError(
+                f"shapes in the {io.kind}-step depend on the values of its inputs, at {error.func}: an engine needs them fixed. "
+                "Use the model in torch, or a variant of it whose masks do not select rows."
+            ) from error
     drop_squeezes(cut.graph)
     cut.recompile()
     computed = tuple(TensorSpec(name, tuple(map(int, v.shape)), v.dtype) for name, v in zip(outputs, values, strict=True))

@@ -329,7 +329,7 @@ def test_no_bundle(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "is no bundle")
 
 
-@pytest.mark.parametrize("text", ["{", "", "\ud800", "[" * 200_000, '{"a":' * 200_000, "\x00"])
+@pytest.mark.parametrize("text", ["{", "", "\ud800", "[" * 200_000, '{"a":' * 200_000, "\x00"], ids=range(6))
 def test_no_json(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     refused(folder, r"manifest\.json is no JSON: .*Export or download the bundle again")

@@ -452,6 +452,6 @@ def test_version() -> None:
 
 
 def test_a_wrong_choice_is_a_usage_error() -> None:
-    result = invoke("demo", "--backend", "tensorrt")
+    result = invoke("demo", "--backend", "jax")
     assert result.exit_code == 2
     assert "inductor" in result.output

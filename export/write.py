@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -32,11 +31,10 @@ from tokencache_compile.export.manifest import (
 from tokencache_compile.export.onnx import OPSET
 from tokencache_compile.export.tensorrt_build import TensorRTSettings, build_engine, check_limits, progress_bar
 from tokencache_compile.export.tensorrt_flavour import load_flavour
-from tokencache_compile.fingerprint import fingerprint
+from tokencache_compile.fingerprint import fingerprint, weights_digest
 from tokencache_compile.ir import EngineGraph
 from tokencache_compile.output_format import OutputFormat
 from tokencache_compile.passes.engine_graph import SelectionPlace, engine_graphs
-from tokencache_compile.predictor import CachePredictor
 from tokencache_compile.runtime import Captured, Dispatcher
 from tokencache_compile.whole_directory import written_whole
 
@@ -165,13 +163,14 @@ def _manifest(
     engines: tuple[EngineEntry, ...],
     folder: Path,
 ) -> Manifest:
-    steps, model = captured.steps, dispatcher.model
+    steps, model, predictor = captured.steps, dispatcher.model, dispatcher.predictor
+    scores = None if predictor is None else weights_digest(predictor)
     return Manifest(
         format_version=FORMAT_VERSION,
         package_version=version("tokencache-compile"),
         opset=OPSET,
         model=ModelInfo(type(model).__name__, _json_config(model), steps.program.known_stream.dtype),
-        fingerprints=Fingerprints(fingerprint(model), _predictor_digest(dispatcher.predictor), pass_sources()),
+        fingerprints=Fingerprints(fingerprint(model), scores, pass_sources()),
         call=captured.call,
         output=output,
         plan=steps.plan,
@@ -196,12 +195,3 @@ def _is_json(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(k, str) and _is_json(v) for k, v in value.items())
     return math.isfinite(value) if isinstance(value, float) else isinstance(value, bool | int | str | None)
-
-
-def _predictor_digest(predictor: CachePredictor | None) -> str | None:
-    if predictor is None:
-        return None
-    digest = hashlib.sha256()
-    for name, tensor in sorted(predictor.state_dict().items()):
-        digest.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

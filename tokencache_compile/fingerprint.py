@@ -78,6 +78,14 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of a module's state, in the order of the sorted names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -12,7 +12,6 @@ paper; a deployed adapter also acts on I-steps, whose last K blocks are the same
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import operator
@@ -28,6 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.fingerprint import weights_digest
 from tokencache_compile.ir import BlockProgram, Body, StepProgram
 from tokencache_compile.learn.checkpoint import load_checkpoint, save_checkpoint
 from tokencache_compile.learn.gated import mean_square
@@ -316,7 +316,8 @@ def refine(
             adapted = build_steps(model, call, config, predictor)
         window = HardWindow(model, original, adapted, feed.scheduler, training.guidance)
         hard = HardPass([p for p in model.parameters() if p.requires_grad], adapted, training.guidance)
-        _train(hard, window, feed, config, training, out, accelerator, rank=rank, predictor=_digest(predictor))
+        scores = None if predictor is None else weights_digest(predictor)
+        _train(hard, window, feed, config, training, out, accelerator, rank=rank, predictor=scores)
         if accelerator.is_main_process:
             adapter.save_pretrained(out / ADAPTER, safe_serialization=True, save_embedding_layers=False)
         accelerator.wait_for_everyone()
@@ -360,13 +361,3 @@ def _train(
                     save_checkpoint(checkpoint, modules, getattr(optimizer, "optimizer", optimizer), asdict(state))
     with torch.no_grad():
         torch._foreach_copy_(list(weights.parameters()), list(average.parameters()))
-
-
-def _digest(predictor: CachePredictor | None) -> str | None:
-    """Tells one predictor's weights from another's."""
-    if predictor is None:
-        return None
-    digest = hashlib.sha256()
-    for tensor in predictor.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ stands inside the blocks. :mod:`outline` exports the distinct blocks themselves.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -17,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from tokencache_compile.calls import TIMESTEP_NAMES
 from tokencache_compile.errors import InputError, UnsupportedModelError
 from tokencache_compile.ir import BlockCall, Capture
+from tokencache_compile.passes.read_values import ReadValues, ValueNeededError
 
 
 @torch.library.custom_op("tokencache_compile::block", mutates_args=())
@@ -179,6 +182,20 @@ def drop_checks(graph: Graph) -> None:
             graph.erase_node(node)
 
 
+def _returned(exported: torch.export.ExportedProgram) -> list[Any]:
+    """The model's own outputs among those of the graph. A buffer that is only written (a table made anew in each call) is no state."""
+    outputs = exported.graph.output_node().args[0]
+    lifted = {target: name for name, (_, target) in lifted_names(exported).items()}
+    read = {node.name for node in exported.graph.nodes if node.op == "placeholder" and node.users}
+    own: list[Any] = []
+    for spec, value in zip(exported.graph_signature.output_specs, outputs, strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            own.append(value)
+        elif lifted.get(spec.target or "") in read:
+            raise UnsupportedModelError("the model", f"its forward changes {spec.target}, which it reads", "A step must be a function.")
+    return own
+
+
 def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphModule:
     """The exported graph with weights read by ``get_attr`` and the tensor inputs alone as placeholders."""
     lifted = lifted_names(exported)
@@ -198,6 +215,8 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
             else:
                 continue  # a constant argument (None, a flag): nothing reads it
             env[node].meta = dict(node.meta)
+        elif node.op == "output":
+            graph.output(tuple(env[value] if isinstance(value, torch.fx.Node) else value for value in _returned(exported)))
         else:
             if node.op == "get_attr":  # the graph within an autocast region
                 root[node.target] = getattr(exported.graph_module, node.target)
@@ -208,11 +227,80 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
     return GraphModule(root, graph)
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _arguments_of(kwargs: Mapping[str, Any]) -> list[str]:
+    """The argument that each tensor of the call belongs to."""
+    return [name for name, value in kwargs.items() for _ in _tensors(value)]
+
+
 def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """Positions of the tensors of the model's first argument among all tensors of the call."""
     first = next(iter(inspect.signature(model.forward).parameters))
-    of = [name for name, value in kwargs.items() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return tuple(position for position, name in enumerate(of) if name == first)
+    return tuple(position for position, name in enumerate(_arguments_of(kwargs)) if name == first)
+
+
+@contextmanager
+def _answering_reads(model: nn.Module, kwargs: Mapping[str, Any], known: frozenset[int]) -> Iterator[None]:
+    """Within this context the model's forward, when it is traced, knows the values of the tensors at positions ``known``."""
+    values = [tensor if position in known else None for position, tensor in enumerate(_tensors(dict(kwargs)))]
+    original = model.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **given: Any) -> Any:
+        with ReadValues(_tensors((args, given)), values):
+            return original(*args, **given)
+
+    had_own = model.__dict__.get("forward")
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had_own is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = had_own
+
+
+def _export(
+    model: nn.Module, kwargs: Mapping[str, Any], calls: tuple[BlockCall, ...], sample: tuple[int, ...]
+) -> tuple[torch.export.ExportedProgram, frozenset[int]]:
+    """The model around its blocks as a graph, and the positions of the inputs whose values it holds for.
+
+    Most models are captured for all values. Where that fails because Python reads some (the length of a text from its mask), the
+    graph is made for the values at hand; see :mod:`read_values`.
+    """
+    has_switch = "return_dict" in inspect.signature(model.forward).parameters
+    given = {**kwargs, "return_dict": False} if has_switch else dict(kwargs)
+    on_meta = any(tensor.is_meta for tensor in _tensors(given))
+    arguments = _arguments_of(kwargs)
+    moving = {*sample, *(position for position, name in enumerate(arguments) if name in TIMESTEP_NAMES)}
+    known: frozenset[int] = frozenset()
+    first: Exception | None = None
+    while True:
+        with ExitStack() as stack:
+            stack.enter_context(_opaque(calls))
+            if first is not None:
+                stack.enter_context(_answering_reads(model, kwargs, known))
+            try:
+                return torch.export.export(model, (), given, strict=False), known
+            except ValueNeededError as needed:
+                known |= needed.positions
+                if known & moving:
+                    names = ", ".join(sorted({arguments[position] for position in known & moving}))
+                    raise UnsupportedModelError(
+                        type(model).__name__, f"its forward reads values made from {names}", "They change at every step; graphs have no such reads."
+                    ) from needed
+            except Exception as error:
+                if first is not None or on_meta:
+                    raise UnsupportedModelError(
+                        type(model).__name__,
+                        f"torch.export cannot capture what stands around its blocks: {first_line(first or error)}",
+                        "See docs/architecture.md, capture.",
+                    ) from error
+                first = error
 
 
 def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> Capture:
@@ -253,16 +341,8 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UnsupportedModelError(twice, "the block is called more than once in a forward pass", "Its updates have no single cache.")
-        try:
-            with _opaque(kept):
-                exported = torch.export.export(model, (), {**kwargs, "return_dict": False} if has_switch else dict(kwargs), strict=False)
-        except Exception as error:
-            raise UnsupportedModelError(
-                type(model).__name__,
-                f"torch.export cannot capture what stands around its blocks: {first_line(error)}",
-                "See docs/architecture.md, capture.",
-            ) from error
-    inputs = tuple(leaf for leaf in pytree.tree_leaves(((), dict(kwargs))) if isinstance(leaf, Tensor))
+        exported, read = _export(model, kwargs, kept, sample)
+    inputs = tuple(_tensors(dict(kwargs)))
     outputs, output_spec = pytree.tree_flatten(result)
     if not all(isinstance(leaf, Tensor) for leaf in outputs):
         raise UnsupportedModelError(
@@ -270,4 +350,4 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
         )
     skeleton = _skeleton(exported, len(inputs))
     input_names = tuple(node.name for node in skeleton.graph.nodes if node.op == "placeholder")
-    return Capture(skeleton, kept, input_names, inputs, sample, tuple(outputs), output_spec)
+    return Capture(skeleton, kept, input_names, inputs, sample, tuple(sorted(read)), tuple(outputs), output_spec)

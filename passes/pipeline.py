@@ -31,6 +31,7 @@ class StepPrograms(StepTable):
     Attributes:
         full: the I-step.
         cached: a P-step for each keep profile of the plan; empty where nothing is cached.
+        read_inputs: positions of the inputs whose values the steps hold for, see :class:`Capture`.
     """
 
     program: BlockProgram
@@ -38,6 +39,7 @@ class StepPrograms(StepTable):
     full: StepProgram
     cached: tuple[StepProgram, ...]
     output_spec: Any
+    read_inputs: tuple[int, ...]
 
 
 def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram, Capture]:
@@ -97,7 +99,8 @@ def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, pred
     cached = tuple(make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
     random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
-    steps = StepPrograms(plan, full.caches, macs_full, tuple(macs_cached), program, units, full, cached, captured.output_spec)
+    spec, read = captured.output_spec, captured.read_inputs
+    steps = StepPrograms(plan, full.caches, macs_full, tuple(macs_cached), program, units, full, cached, spec, read)
     if has_values:
         initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
         same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])

@@ -18,6 +18,7 @@ from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
 from tokencache_compile.passes.groups import find_groups
 from tokencache_compile.passes.outline import outline
+from tokencache_compile.passes.samples_first import samples_first
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
 from tokencache_compile.plan import CacheConfig, resolve_plan
 from tokencache_compile.predictor import CachePredictor
@@ -43,7 +44,7 @@ class StepPrograms(StepTable):
 
 
 def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram, Capture]:
-    """Capture → outline → analyse: all that does not depend on settings.
+    """Capture → outline → samples first → analyse: all that does not depend on settings.
 
     Where a model has several lists of blocks and one of them cannot be cached (VACE's control blocks, Latte's blocks over time),
     that list becomes part of the model around the others, which runs in full on every step; the provenance tells.
@@ -56,7 +57,7 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
     while True:
         try:
             captured = capture(model, kwargs, frozenset(left_out))
-            program = outline(captured, model)
+            program, captured = samples_first(outline(captured, model), captured)
             verify_blocks(program)
             program = analyse(program, captured)
         except UnsupportedModelError as refusal:

@@ -41,7 +41,7 @@ from tokencache_compile.ir import (
     Stream,
 )
 from tokencache_compile.passes.capture import BLOCK_OP, disturbed
-from tokencache_compile.passes.outline import block_call_index
+from tokencache_compile.passes.outline import block_call_index, count_tokens
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _TRUNK_OPS = (
@@ -375,6 +375,11 @@ def _side_inputs(
     return tuple(sides)
 
 
+def _bounds(token: SymInt) -> Any:
+    """The range of token counts that a block was exported for; None where they are counts of a kind."""
+    return token.node.shape_env.var_to_range.get(token.node.expr) if token.node.expr.is_Symbol else None
+
+
 def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tuple[int, int]]) -> Body:
     """Find the roles of one body's inputs; see the module's docstring for what is declined."""
     stream_input, stream_output = place.pair
@@ -389,9 +394,8 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
         )
     token = shape[1]
     assert isinstance(token, SymInt)
-    env = token.node.shape_env
-    bounds = env.var_to_range.get(token.node.expr) if token.node.expr.is_Symbol else None
-    if bounds is None or bounds.lower > 2 or not bool(bounds.upper > 2**20):
+    bounds = _bounds(token)
+    if bounds is None or bounds.lower > 2 + place.layout.others or not bool(bounds.upper > 2**20):
         raise UnsupportedModelError(
             call.fqn, f"its token count is bound to {token.node.expr} in {bounds}", "The block depends on the token count."
         )
@@ -483,6 +487,14 @@ def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
             )
 
 
+def _counting(body: Body, call: BlockCall, place: _Place) -> Body:
+    """A body that holds for its own number of tokens only, as it was told that number, made anew for any."""
+    token = shape_of(placeholders(body)[place.pair[0]])[1]
+    bounds = _bounds(token) if isinstance(token, SymInt) else None
+    free = bounds is not None and bounds.lower <= 2 + place.layout.others
+    return body if free else count_tokens(body, call, place.pair[0], place.tokens)
+
+
 def _check_outputs(program: BlockProgram, block: Block, pairs: Sequence[tuple[int, int]]) -> None:
     """Refuse a block that gives something to others that continues none of its inputs: a skipped block could not give it."""
     node = next(n for n in program.skeleton.graph.nodes if n.name == block.node)
@@ -521,7 +533,7 @@ def analyse(program: BlockProgram, captured: Capture) -> BlockProgram:
                 block.fqn, "its tokens stand elsewhere than in other blocks of its structure", "One layout is needed."
             )
     bodies = [
-        analyse_body(body, call, places[first_of[index].index], pairs[index])
+        analyse_body(_counting(body, call, places[first_of[index].index]), call, places[first_of[index].index], pairs[index])
         for index, (body, call) in enumerate(zip(program.bodies, calls, strict=True))
     ]
     shapes = set(_grids(captured, places))

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -136,33 +136,45 @@ def _recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> I
 
 
 @contextmanager
+def replaced_forward(module: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Within this context, and in this thread, ``module`` runs ``replacement(original forward, *args, **kwargs)``."""
+    owner = threading.get_ident()
+    original = module.forward
+    had_own = module.__dict__.get("forward")
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != owner:
+            return original(*args, **kwargs)
+        return replacement(original, *args, **kwargs)
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if had_own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = had_own
+
+
+@contextmanager
 def _opaque(calls: tuple[BlockCall, ...]) -> Iterator[None]:
     """Within this context, and in this thread, the blocks' forward is a call of :data:`BLOCK_OP`."""
-    owner = threading.get_ident()
 
     def stub(index: int, call: BlockCall) -> Any:
         outputs = [(list(t.shape), str(t.dtype).removeprefix("torch.")) for t in call.output_tensors]
         spec = json.dumps({"block": index, "outputs": outputs})
 
-        original = call.module.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != owner:
-                return original(*args, **kwargs)
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            results = iter(block_op(tensors, spec))
+        def forward(_: Any, *args: Any, **kwargs: Any) -> Any:
+            results = iter(block_op(_tensors((args, kwargs)), spec))
             return pytree.tree_unflatten([next(results) if isinstance(o, Tensor) else o for o in call.outputs], call.out_spec)
 
         return forward
 
     with ExitStack() as stack:
         for index, call in enumerate(calls):
-            had_own = call.module.__dict__.get("forward")
-            call.module.__dict__["forward"] = stub(index, call)
-            if had_own is None:
-                stack.callback(call.module.__dict__.pop, "forward")
-            else:
-                stack.callback(call.module.__dict__.__setitem__, "forward", had_own)
+            stack.enter_context(replaced_forward(call.module, stub(index, call)))
         yield
 
 
@@ -242,26 +254,15 @@ def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ..
     return tuple(position for position, name in enumerate(_arguments_of(kwargs)) if name == first)
 
 
-@contextmanager
-def _answering_reads(model: nn.Module, kwargs: Mapping[str, Any], known: frozenset[int]) -> Iterator[None]:
-    """Within this context the model's forward, when it is traced, knows the values of the tensors at positions ``known``."""
+def _answering_reads(kwargs: Mapping[str, Any], known: frozenset[int]) -> Callable[..., Any]:
+    """A forward that knows the values of the tensors at positions ``known`` while it is traced."""
     values = [tensor if position in known else None for position, tensor in enumerate(_tensors(dict(kwargs)))]
-    original = model.forward
 
-    @functools.wraps(original)
-    def forward(*args: Any, **given: Any) -> Any:
+    def forward(original: Callable[..., Any], *args: Any, **given: Any) -> Any:
         with ReadValues(_tensors((args, given)), values):
             return original(*args, **given)
 
-    had_own = model.__dict__.get("forward")
-    model.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if had_own is None:
-            del model.__dict__["forward"]
-        else:
-            model.__dict__["forward"] = had_own
+    return forward
 
 
 def _export(
@@ -283,7 +284,7 @@ def _export(
         with ExitStack() as stack:
             stack.enter_context(_opaque(calls))
             if first is not None:
-                stack.enter_context(_answering_reads(model, kwargs, known))
+                stack.enter_context(replaced_forward(model, _answering_reads(kwargs, known)))
             try:
                 return torch.export.export(model, (), given, strict=False), known
             except ValueNeededError as needed:
@@ -291,7 +292,7 @@ def _export(
                 if known & moving:
                     names = ", ".join(sorted({arguments[position] for position in known & moving}))
                     raise UnsupportedModelError(
-                        type(model).__name__, f"its forward reads values made from {names}", "They change at every step; graphs have no such reads."
+                        type(model).__name__, f"its forward reads values made from {names}", "They change at every step, and graphs read none."
                     ) from needed
             except Exception as error:
                 if first is not None or on_meta:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
-from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names
+from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names, replaced_forward
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
@@ -66,6 +66,28 @@ def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
     # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
     with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
+
+
+def count_tokens(body: Body, call: BlockCall, stream: int, tokens: int) -> Body:
+    """``body`` anew, where the block is told how many ``tokens`` it has: numbers that say so are made from its stream's length.
+
+    ``stream``: the position of the stream among the block's tensors. Without such numbers the body stays as it is.
+    """
+    numbers = [place for place, leaf in enumerate(call.leaves) if type(leaf) is int and leaf == tokens]
+    place_of = [place for place, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
+    others = call.tensors[stream].shape[1] - tokens
+    if not numbers:
+        return body
+
+    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        for place in numbers:
+            leaves[place] = leaves[place_of[stream]].shape[1] - others
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return original(*args, **kwargs)
+
+    with replaced_forward(call.module, forward):
+        return _body(body.name, call)
 
 
 def _body(name: str, call: BlockCall) -> Body:

@@ -432,7 +432,7 @@ def _() -> tuple[Given, Given]:
     return config, {**inputs, "img_ids": r(H * W, 4), "txt_ids": r(S, 4)}
 
 
-@family("HeliosTransformer3DModel", "transformer_helios")
+@family("HeliosTransformer3DModel", "transformer_helios", history=42)
 def _() -> tuple[Given, Given]:
     config, inputs = wan(rope_dim=(4, 4, 4), has_multi_term_memory_patch=True, guidance_cross_attn=True)
     config |= {"zero_history_timestep": True, "is_amplify_history": False}

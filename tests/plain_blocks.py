@@ -164,7 +164,7 @@ class PlainBlocks:
 
     def _gather(self, value: Any, others: set[int], kept: Tensor) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            return len(kept) if value == self.tokens else value  # a number that tells how many tokens there are
         for axis, size in enumerate(value.shape):
             rows = self._rows(size, others, kept)
             value = value if rows is None else value.index_select(axis, rows)

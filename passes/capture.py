@@ -13,7 +13,8 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from io import StringIO
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ def _on_the_sample(
     for place, tensor in zip(places, disturbed([leaves[i] for i in places], sample), strict=True):
         leaves[place] = tensor
     again: list[BlockCall] = []
-    with _recording(candidates, again):
+    with recording(candidates, again):
         model(**pytree.tree_unflatten(leaves, spec))
     others = {call.fqn: call for call in again}
     return tuple(
@@ -115,7 +116,8 @@ def _on_the_sample(
 
 
 @contextmanager
-def _recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> Iterator[None]:
+def recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> Iterator[None]:
+    """Within this context, and in this thread, every call of a candidate is appended to ``calls``."""
     owner = threading.get_ident()
 
     def record(fqn: str) -> Any:
@@ -271,37 +273,61 @@ def _export(
     """The model around its blocks as a graph, and the positions of the inputs whose values it holds for.
 
     Most models are captured for all values. Where that fails because Python reads some (the length of a text from its mask), the
-    graph is made for the values at hand; see :mod:`read_values`.
+    graph is made for the values at hand; see :mod:`read_values`. Reads of constants are answered too: they would be sizes that no
+    graph knows.
     """
     has_switch = "return_dict" in inspect.signature(model.forward).parameters
     given = {**kwargs, "return_dict": False} if has_switch else dict(kwargs)
-    on_meta = any(tensor.is_meta for tensor in _tensors(given))
+
+    def export(known: frozenset[int] | None) -> torch.export.ExportedProgram:
+        with ExitStack() as stack:
+            stack.enter_context(_opaque(calls))
+            if known is None:
+                stack.enter_context(redirect_stderr(StringIO()))  # torch prints how far it came; there is a second trial
+            else:
+                stack.enter_context(replaced_forward(model, _answering_reads(kwargs, known)))
+            return torch.export.export(model, (), given, strict=False)
+
+    try:
+        exported = export(None)
+    except Exception as error:
+        return _export_for_values(model, kwargs, sample, export, error)
+    if any(node.target is torch.ops.aten.item.default for node in exported.graph.nodes):
+        with suppress(ValueNeededError):
+            return export(frozenset()), frozenset()
+    return exported, frozenset()
+
+
+def _export_for_values(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    sample: tuple[int, ...],
+    export: Callable[[frozenset[int]], torch.export.ExportedProgram],
+    refusal: Exception,
+) -> tuple[torch.export.ExportedProgram, frozenset[int]]:
+    """The graph for the values that the forward reads, and the positions of their inputs: those it asks for, one after the other.
+
+    Raises:
+        UnsupportedModelError: reads are not why it could not be captured (``refusal``), or what it reads changes at every step.
+    """
     arguments = _arguments_of(kwargs)
     moving = {*sample, *(position for position, name in enumerate(arguments) if name in TIMESTEP_NAMES)}
     known: frozenset[int] = frozenset()
-    first: Exception | None = None
-    while True:
-        with ExitStack() as stack:
-            stack.enter_context(_opaque(calls))
-            if first is not None:
-                stack.enter_context(replaced_forward(model, _answering_reads(kwargs, known)))
-            try:
-                return torch.export.export(model, (), given, strict=False), known
-            except ValueNeededError as needed:
-                known |= needed.positions
-                if known & moving:
-                    names = ", ".join(sorted({arguments[position] for position in known & moving}))
-                    raise UnsupportedModelError(
-                        type(model).__name__, f"its forward reads values made from {names}", "They change at every step, and graphs read none."
-                    ) from needed
-            except Exception as error:
-                if first is not None or on_meta:
-                    raise UnsupportedModelError(
-                        type(model).__name__,
-                        f"torch.export cannot capture what stands around its blocks: {first_line(first or error)}",
-                        "See docs/architecture.md, capture.",
-                    ) from error
-                first = error
+    while not known & moving:
+        try:
+            return export(known), known
+        except ValueNeededError as needed:
+            known |= needed.positions
+        except Exception as error:
+            raise UnsupportedModelError(
+                type(model).__name__,
+                f"torch.export cannot capture what stands around its blocks: {first_line(refusal)}",
+                "See docs/architecture.md, capture.",
+            ) from error
+    names = ", ".join(sorted({arguments[position] for position in known & moving}))
+    raise UnsupportedModelError(
+        type(model).__name__, f"its forward reads values made from {names}", "They change at every step, and graphs read none."
+    ) from refusal
 
 
 def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> Capture:
@@ -325,7 +351,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
     calls: list[BlockCall] = []
     with torch.no_grad():
         try:
-            with _recording(candidates, calls):
+            with recording(candidates, calls):
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import operator
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
-from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names, replaced_forward
+from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names, recording, replaced_forward
+from tokencache_compile.per_token import per_token, register
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
@@ -38,11 +40,15 @@ def _simple_attributes(module: nn.Module) -> tuple[Any, ...]:
 
 def structure_key(call: BlockCall) -> tuple[Any, ...]:
     """Equal for two calls whose blocks run the same code on tensors of the same shapes."""
-    modules = tuple((name, type(m), _simple_attributes(m)) for name, m in call.module.named_modules())
-    tensors = [*call.module.named_parameters(), *call.module.named_buffers()]
-    weights = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
     leaves = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in call.leaves)
-    return modules, weights, leaves, str(call.in_spec), str(call.out_spec)
+    return *_structure(call.module), leaves, str(call.in_spec), str(call.out_spec)
+
+
+def _structure(module: nn.Module) -> tuple[Any, ...]:
+    """Equal for two modules that run the same code on weights of the same shapes."""
+    modules = tuple((name, type(m), _simple_attributes(m)) for name, m in module.named_modules())
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return modules, tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
 
 
 def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
@@ -90,14 +96,50 @@ def count_tokens(body: Body, call: BlockCall, stream: int, tokens: int) -> Body:
         return _body(body.name, call)
 
 
-def _body(name: str, call: BlockCall) -> Body:
-    """The block as a graph ``(*weights, *tensor inputs) -> tensor outputs``."""
+def _exported_body(call: BlockCall) -> torch.export.ExportedProgram:
+    """The block exported; where it fails on modules within that compute token by token, these are called as they are."""
     try:
-        exported = _export_block(call)
+        return _export_block(call)
     except Exception as error:
+        with ExitStack() as stack:
+            modules = _not_exported(call)
+            for part in modules:
+                number = register(part.module, repr(_structure(part.module)), part.tensors[0])
+                stack.enter_context(replaced_forward(part.module, _per_token_forward(part.module, number)))
+            if modules:
+                return _export_block(call)
         raise UnsupportedModelError(
             call.fqn, f"torch.export cannot capture the block with a free token count: {first_line(error)}", "Its tokens are not separable."
         ) from error
+
+
+def _per_token_forward(module: nn.Module, number: int) -> Any:
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return per_token(x, [*module.parameters(), *module.buffers()], number)
+
+    return forward
+
+
+def _not_exported(call: BlockCall) -> list[BlockCall]:
+    """Calls of the innermost modules that torch.export cannot capture, if they all keep the shape of the one tensor they are given."""
+    parts = {f"{call.fqn}.{name}": child for name, child in call.module.named_children()}
+    calls: list[BlockCall] = []
+    args, kwargs = pytree.tree_unflatten(list(call.leaves), call.in_spec)
+    with torch.no_grad(), recording(parts, calls):
+        call.module(*args, **kwargs)
+    found: list[BlockCall] = []
+    for part in calls:
+        try:
+            _export_block(part)
+        except Exception:
+            found += _not_exported(part) or [part]
+    keeps_shape = all(len(p.leaves) == len(p.outputs) == 1 and p.tensors[0].shape == p.output_tensors[0].shape for p in found)
+    return found if keeps_shape else []
+
+
+def _body(name: str, call: BlockCall) -> Body:
+    """The block as a graph ``(*weights, *tensor inputs) -> tensor outputs``."""
+    exported = _exported_body(call)
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs) or _writes_to_inputs(exported.graph):
         raise UnsupportedModelError(
             call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."

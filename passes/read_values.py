@@ -30,6 +30,7 @@ _READS = {
     Tensor.tolist,
 }
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
+_TAKING_SIZES = {Tensor.expand, Tensor.repeat, Tensor.reshape, Tensor.view}
 
 
 class ValueNeededError(Exception):
@@ -77,6 +78,8 @@ class ReadValues(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         if func in _INDEXING:
             args = (args[0], self._static_index(args[1]), *args[2:])
+        if func in _TAKING_SIZES:
+            args = (args[0], *pytree.tree_map(self._number, args[1:]))
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, result)
         return result

@@ -447,10 +447,10 @@ def _() -> tuple[Given, Given]:
 @family("HiDreamImageTransformer2DModel", "transformer_hidream_image", text_first=False)
 def _() -> tuple[Given, Given]:
     config = {**LATENT, "patch_size": 2, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4}
-    config |= {"caption_channels": [8, 4], "text_emb_dim": 8, "num_routed_experts": 2, "num_activated_experts": 2}
+    config |= {"caption_channels": [8, 4], "text_emb_dim": 8, "num_routed_experts": 4, "num_activated_experts": 2}
     config |= {"axes_dims_rope": (4, 2, 2), "max_resolution": (16, 20), "llama_layers": (0, 1, 0, 1), "force_inference_output": True}
     return config, {
-        "hidden_states": r(B, 4, 8, 10),
+        "hidden_states": r(B, 4, 10, 10),
         "encoder_hidden_states_t5": r(B, S, 8),
         "encoder_hidden_states_llama3": r(2, B, S, 4),
         "pooled_embeds": r(B, 8),

@@ -44,7 +44,7 @@ def _(tensors: list[Tensor], spec: str) -> list[Tensor]:
 BLOCK_OP = torch.ops.tokencache_compile.block.default
 
 # What step graphs call their own inputs and outputs; an argument of the model with such a name gets another in the graphs.
-_TAKEN = re.compile(r"step|stamps|random_scores|next_.*|(update|stamps|score|scores|key|value|attention|companion|index)_\d.*")
+_TAKEN = re.compile(r"step|stamps|random_scores|next_.*|(update|stamps|score|scores|key|value|attention|companion|grid|index)_\d.*")
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -23,7 +23,8 @@ class Family:
 
     ``text_first``: where text stands in joint attention, for the independent reference; ``reuse_module``: whether its attention
     module gives the attention alone (else the module adds, gates or mixes in more, and the reference reuses the bare attention);
-    ``history``: how many tokens of earlier frames stand before the sample's in the stream.
+    ``history``: how many tokens of earlier frames stand before the sample's in the stream; ``mixer``: the module of a block that
+    works on the ``grid`` of tokens, whose sizes the block is told.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Family:
     text_first: bool
     reuse_module: bool
     history: int
+    mixer: str
+    grid: tuple[int, ...]
     std: float
 
     @property
@@ -54,10 +57,18 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(
-    name: str, module: str, variant: str = "", text_first: bool = True, reuse_module: bool = True, history: int = 0, std: float = 0.1
+    name: str,
+    module: str,
+    variant: str = "",
+    text_first: bool = True,
+    reuse_module: bool = True,
+    history: int = 0,
+    mixer: str = "",
+    grid: tuple[int, ...] = (),
+    std: float = 0.1,
 ) -> Callable[[Callable[[], tuple[Given, Given]]], Callable[[], tuple[Given, Given]]]:
     def add(make: Callable[[], tuple[Given, Given]]) -> Callable[[], tuple[Given, Given]]:
-        entry = Family(name, module, variant, make, text_first, reuse_module, history, std)
+        entry = Family(name, module, variant, make, text_first, reuse_module, history, mixer, grid, std)
         FAMILIES[entry.key] = entry
         return make
 
@@ -328,7 +339,7 @@ def _() -> tuple[Given, Given]:
     }
 
 
-@family("SanaTransformer2DModel", "sana_transformer")
+@family("SanaTransformer2DModel", "sana_transformer", mixer="ff", grid=(H, W))
 def _() -> tuple[Given, Given]:
     config = {**LATENT, "patch_size": 1, "num_layers": 3, "attention_head_dim": 4, "num_attention_heads": 4, "num_cross_attention_heads": 2}
     config |= {"cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 8, "sample_size": 32}
@@ -703,7 +714,7 @@ def _() -> tuple[Given, Given]:
     return {**config, "axes_dim": [8, 8]}, inputs
 
 
-@family("SanaVideoTransformer3DModel", "transformer_sana_video")
+@family("SanaVideoTransformer3DModel", "transformer_sana_video", mixer="ff", grid=(2, H, W))
 def _() -> tuple[Given, Given]:
     config = {"in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3}
     config |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}

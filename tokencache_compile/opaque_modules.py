@@ -5,7 +5,8 @@
 - ``tokencache_compile::on_grid``: a module that mixes neighbours on the grid of tokens (convolutions), so that it needs all of them.
   In a body, whose token count is free, the tokens stand in a row, as a grid of 1 × n; the operator forms the grid.
 
-Weights are arguments of the operators, so blocks of one structure share a body. Such steps run in torch; ONNX has no such operators.
+Weights are arguments of the operators, so blocks of one structure share a body. Such steps run in torch, without gradients; ONNX has no
+such operators.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ def _(x: Tensor, weights: list[Tensor], number: int, axis: int, grid: list[int])
 
 
 ON_GRID = torch.ops.tokencache_compile.on_grid.default
+OPAQUE = (torch.ops.tokencache_compile.per_token.default, ON_GRID)
 
 
 @count_as(torch.ops.tokencache_compile.per_token)

@@ -77,7 +77,7 @@ def export_block(call: BlockCall) -> torch.export.ExportedProgram:
     try:
         return _export_block(call)
     except Exception as error:
-        modules = _not_exported(call)
+        modules = [] if any(tensor.is_meta for tensor in call.tensors) else _not_exported(call)
         if modules:
             with ExitStack() as stack:
                 for part in modules:

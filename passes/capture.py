@@ -292,7 +292,8 @@ def _export(
         exported = export(None)
     except Exception as error:
         return _export_for_values(model, kwargs, sample, export, error)
-    if any(node.target is torch.ops.aten.item.default for node in exported.graph.nodes):
+    has_values = not any(tensor.is_meta for tensor in _tensors(given))
+    if has_values and any(node.target is torch.ops.aten.item.default for node in exported.graph.nodes):
         with suppress(ValueNeededError):
             return export(frozenset()), frozenset()
     return exported, frozenset()

@@ -497,9 +497,9 @@ def _() -> tuple[Given, Given]:
         "hidden_states": r(B, 4, 2, H, W),
         "timestep": t(500.0, False),
         "encoder_hidden_states": r(B, 6, 24),
-        "encoder_attention_mask": torch.ones(B, 6),
+        "encoder_attention_mask": torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2]),
         "encoder_hidden_states_2": r(B, 5, 12),
-        "encoder_attention_mask_2": torch.ones(B, 5),
+        "encoder_attention_mask_2": torch.tensor([[1.0] * 5, [1.0] * 2 + [0.0] * 3]),
         "image_embeds": torch.zeros(B, 3, 8),
     }
 
@@ -511,7 +511,8 @@ def _() -> tuple[Given, Given]:
     inputs.pop("encoder_attention_mask")
     frames = {"latents_clean": 2, "latents_history_2x": 2, "latents_history_4x": 8}
     history = {name: r(B, 4, n, 8, 10) for name, n in frames.items()} | {f"indices_{name}": torch.ones(n) for name, n in frames.items()}
-    more = {"image_embeds": r(B, 5, 24), "indices_latents": torch.ones(2), "encoder_attention_mask": torch.ones(B, S)}
+    more = {"image_embeds": r(B, 5, 24), "indices_latents": torch.ones(2)}
+    more["encoder_attention_mask"] = torch.tensor([[1.0] * S, [1.0] * 5 + [0.0] * 2])
     return config, {**inputs, **more, **history}
 
 

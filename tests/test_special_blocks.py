@@ -1,4 +1,4 @@
-"""Blocks and models that need more than gathering: values that are read, tokens first, counts and grids told, modules called as they are."""
+"""Models and blocks that need more: values that are read, tokens first, counts and grids told, modules called as they are."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ class StepDispatcher(nn.Module, ABC):
         counts.macs += macs
         if kept:
             counts.recomputed = tuple(a + b for a, b in zip(counts.recomputed or (0,) * len(kept), kept, strict=True))
-        counts.cache_bytes = len(request.branches) * sum(spec.nbytes for spec in compiled.steps.caches)
+        counts.cache_bytes = len(request.branches) * compiled.steps.cache_bytes
 
     def summary(self) -> Summary:
         """Counts of this thread's current request, or of its last one; works in the middle of a run."""

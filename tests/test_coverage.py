@@ -22,6 +22,7 @@ from tokencache_compile.learn.stack import BlockStack
         ("FluxTransformer2DModel", "2"),
         ("QwenImageTransformer2DModel", "2"),
         ("CogVideoXTransformer3DModel (rotary)", "2"),
+        ("HunyuanVideoFramepackTransformer3DModel", "2 (text +50)"),
     ],
 )
 def test_right_in_every_context(key: str, streams: str) -> None:
@@ -31,7 +32,7 @@ def test_right_in_every_context(key: str, streams: str) -> None:
     assert {name: context.ok for name, context in result.contexts.items()} == dict.fromkeys(CONTEXTS, True), result.line()
 
 
-@pytest.mark.parametrize(("key", "where", "reason"), [("SanaTransformer2DModel", "transformer_blocks.0", "fixes its token count")])
+@pytest.mark.parametrize(("key", "where", "reason"), [("AnyFlowFARTransformer3DModel", "blocks.0", "BlockMask")])
 def test_refused_by_name(key: str, where: str, reason: str) -> None:
     (context,) = check(FAMILIES[key], ("kept",)).contexts.values()
     assert context.refusal.startswith(f"{where}: ") and reason in context.refusal, context
@@ -85,6 +86,13 @@ def test_masks_between_tokens_and_joined_streams() -> None:
     for key in ("AceStepTransformer1DModel", "Ideogram4Transformer2DModel"):
         result = check(FAMILIES[key], ("full",))
         assert result.contexts["full"].ok, result.line()
+
+
+def test_neighbours_on_the_grid_are_held() -> None:
+    """Sana's feed-forward convolves over the grid; attention among the kept tokens is its only context."""
+    result = check(FAMILIES["SanaTransformer2DModel"], ("kept", "full"))
+    assert result.contexts["kept"].ok, result.line()
+    assert "transformer_blocks.0: its tokens mix with their neighbours on the grid" in result.contexts["full"].refusal
 
 
 def test_training_refuses_blocks_with_text() -> None:

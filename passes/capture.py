@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import InputError, UnsupportedModelError
 from tokencache_compile.ir import BlockCall, Capture
+from tokencache_compile.passes.batch_axis import add_axis, drop_axis, with_batch_axis
 
 
 @torch.library.custom_op("tokencache_compile::block", mutates_args=())
@@ -121,7 +122,7 @@ def _recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> I
                 return
             leaves, in_spec = pytree.tree_flatten((args, kwargs))
             outputs, out_spec = pytree.tree_flatten(output)
-            calls.append(BlockCall(fqn, module, tuple(leaves), in_spec, tuple(outputs), out_spec))
+            calls.append(with_batch_axis(BlockCall(fqn, module, tuple(leaves), in_spec, tuple(outputs), out_spec)))
 
         return hook
 
@@ -146,9 +147,10 @@ def _opaque(calls: tuple[BlockCall, ...]) -> Iterator[None]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != owner:
                 return original(*args, **kwargs)
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            results = iter(block_op(tensors, spec))
-            return pytree.tree_unflatten([next(results) if isinstance(o, Tensor) else o for o in call.outputs], call.out_spec)
+            leaves = add_axis(pytree.tree_leaves((args, kwargs)), call.flat_inputs)
+            results = iter(block_op([leaf for leaf in leaves if isinstance(leaf, Tensor)], spec))
+            outputs = [next(results) if isinstance(o, Tensor) else o for o in call.outputs]
+            return pytree.tree_unflatten(drop_axis(outputs, call.flat_outputs), call.out_spec)
 
         return forward
 
@@ -198,6 +200,8 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
             else:
                 continue  # a constant argument (None, a flag): nothing reads it
             env[node].meta = dict(node.meta)
+        elif node.op == "output":  # without what the model leaves out: a tuple says None where an output class has no entry
+            graph.output(tuple(env[value] for value in node.args[0] if value is not None))
         else:
             if node.op == "get_attr":  # the graph within an autocast region
                 root[node.target] = getattr(exported.graph_module, node.target)
@@ -208,11 +212,16 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
     return GraphModule(root, graph)
 
 
-def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Positions of the tensors of the model's first argument among all tensors of the call."""
+def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any], output: Any) -> tuple[int, ...]:
+    """Positions of the sample's tensors among all tensors of the call.
+
+    The sample is what the model returns an ``output`` of the same shape for; if that is no argument, or several, the first of them.
+    """
     first = next(iter(inspect.signature(model.forward).parameters))
-    of = [name for name, value in kwargs.items() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return tuple(position for position, name in enumerate(of) if name == first)
+    of = [(name, leaf) for name, value in kwargs.items() for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    alike = [name for name, leaf in of if leaf.is_floating_point() and leaf.shape == output.shape]
+    sample = first if first in alike else next(iter(alike), first)
+    return tuple(position for position, (name, _) in enumerate(of) if name == sample)
 
 
 def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> Capture:
@@ -240,7 +249,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error
-        sample = _sample_inputs(model, kwargs)
+        sample = _sample_inputs(model, kwargs, pytree.tree_leaves(result)[0])
         kept = _on_the_sample(model, kwargs, sample, candidates, tuple(call for call in calls if _keeps_a_stream(call)))
         if not kept:
             raise UnsupportedModelError(

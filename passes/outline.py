@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
+from tokencache_compile.passes.batch_axis import batch_axis_taken
 from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
@@ -64,7 +65,8 @@ def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
 def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
     args, kwargs = pytree.tree_unflatten([v.detach().contiguous() if isinstance(v, Tensor) else v for v in call.leaves], call.in_spec)
     # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
-    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    no_duck_shaping = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with torch.no_grad(), no_duck_shaping, batch_axis_taken(call):
         return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
 
 

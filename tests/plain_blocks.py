@@ -125,14 +125,14 @@ class PlainBlocks:
         leaves, outputs = pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(result)
         joint = [key.shape[-2] for _, key, *_ in calls if key.shape[-2] >= self.tokens]
         i, o = self._stream(leaves, outputs, {self.tokens, *joint})
-        others = max([leaves[i].shape[1], *joint]) - self.tokens
+        others = max([leaves[i].shape[-2], *joint]) - self.tokens
         record = Recorded(outputs[o] - leaves[i], (i, o), others, calls, {path: returned[path] for path in attending})
         return record, result
 
     def _stream(self, leaves: list[Any], outputs: list[Any], sizes: set[int]) -> tuple[int, int]:
         for size in sorted(sizes):
             for o, out in enumerate(outputs):
-                if isinstance(out, Tensor) and out.dim() == 3 and out.shape[1] == size:
+                if isinstance(out, Tensor) and out.dim() in (2, 3) and out.shape[-2] == size:
                     return next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.shape == out.shape), o
         raise AssertionError(f"no stream of {sorted(sizes)} tokens")
 
@@ -161,16 +161,21 @@ class PlainBlocks:
         i, o = before.stream
         leaves, spec = pytree.tree_flatten((args, kwargs))
         stream = leaves[i]
-        now = self._run_on_all(block, forward, args, kwargs)[0] if self.context == "full" else before
+        now = self._run_on_all(block, forward, args, kwargs)[0] if self.context in ("full", "cached") else before
         few = [self._gather(leaf, before.others, kept) for leaf in leaves]
         few_args, few_kwargs = pytree.tree_unflatten(few, spec)
-        seeing = attention_replaced(lambda sdpa, number: self._seeing(sdpa, now.attention[number], before.others, kept))
+        whole = [self._on_all(old, new) for old, new in zip(before.attention, now.attention, strict=True)]
+        seeing = attention_replaced(lambda sdpa, number: self._seeing(sdpa, whole[number], before.others, kept))
         with seeing, self._modules_replaced(block, before, kept):
             outputs, out_spec = pytree.tree_flatten(forward(*few_args, **few_kwargs))
         moved = stream + before.update
-        moved[:, self._rows(stream.shape[1], before.others, kept)] = outputs[o]
+        moved[..., self._rows(stream.shape[-2], before.others, kept), :] = outputs[o]
         outputs[o] = moved
         return pytree.tree_unflatten(outputs, out_spec)
+
+    def _on_all(self, before: tuple[Any, ...], now: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the kept tokens' attention sees of all tokens: under ``cached`` keys and values are the I-step's, the mask is today's."""
+        return (*before[:3], now[3], before[4]) if self.context == "cached" else now
 
     def _seeing(self, sdpa: Sdpa, everything: tuple[Any, ...], others: int, kept: Tensor) -> Sdpa:
         """The attention of the kept tokens, in the context asked for; ``everything``: the same call on all tokens."""

@@ -378,9 +378,9 @@ def _() -> tuple[Given, Given]:
 
 @family("BriaFibo2Transformer2DModel", "transformer_bria_fibo2")
 def _() -> tuple[Given, Given]:
-    config = {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 24, "injection_layer_ids": (1,)}
-    config |= {"perceiver_num_layers": 1, "min_num_gist_tokens": 3, "max_num_gist_tokens": 9, "gist_step": 3, "gist_min_text_len": 1}
-    config |= {"gist_max_text_len": 8, "axes_dims": (4, 4, 8), "axes_lens": (64, 16, 16)}
+    config = {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 24}
+    config |= {"injection_layer_ids": (1,), "perceiver_num_layers": 1, "min_num_gist_tokens": 3, "max_num_gist_tokens": 9, "gist_step": 3}
+    config |= {"gist_min_text_len": 1, "gist_max_text_len": 8, "axes_dims": (4, 4, 8), "axes_lens": (64, 16, 16)}
     return config, {"hidden_states": r(B, 4, 8, 10), "timestep": t(0.5, False), "encoder_hidden_states": r(B, 2, S, 24)}
 
 

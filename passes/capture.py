@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule
+from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import InputError, UnsupportedModelError
@@ -224,6 +225,18 @@ def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any], output: Any) -> 
     return tuple(position for position, (name, _) in enumerate(of) if name == sample)
 
 
+def _check_arguments(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse objects that the model may read tensors from, or write them to, behind the graph's back."""
+    for name, value in kwargs.items():
+        for leaf in pytree.tree_leaves(value):
+            if leaf is not None and not isinstance(leaf, base_types):
+                raise UnsupportedModelError(
+                    type(model).__name__,
+                    f"its argument {name} is a {type(leaf).__name__}, which may hold tensors that its blocks read and write",
+                    "A step is a function of tensors and plain values: call the model without it, if it can be.",
+                )
+
+
 def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> Capture:
     """Capture ``model`` for the signature of ``kwargs``.
 
@@ -251,6 +264,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
             raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error
         sample = _sample_inputs(model, kwargs, pytree.tree_leaves(result)[0])
         kept = _on_the_sample(model, kwargs, sample, candidates, tuple(call for call in calls if _keeps_a_stream(call)))
+        _check_arguments(model, kwargs)
         if not kept:
             raise UnsupportedModelError(
                 type(model).__name__,

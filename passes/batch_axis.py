@@ -5,9 +5,7 @@ The block itself stays as it is: around its call the axis is taken off what it i
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -47,27 +45,13 @@ def drop_axis(values: Any, positions: frozenset[int]) -> list[Any]:
     return [value.squeeze(0) if i in positions else value for i, value in enumerate(values)]
 
 
-@contextmanager
-def batch_axis_taken(call: BlockCall) -> Iterator[None]:
-    """Within this context the block of ``call`` takes and returns its streams with their batch axis."""
-    if not call.flat_outputs:
-        yield
-        return
-    original: Callable[..., Any] = call.module.forward
-    had_own = call.module.__dict__.get("forward")
+def without_batch_axis(call: BlockCall) -> Callable[..., Any]:
+    """What replaces the forward of ``call``'s block, so that it takes and returns its streams with their batch axis."""
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         flat_args, flat_kwargs = pytree.tree_unflatten(drop_axis(leaves, call.flat_inputs), spec)
         outputs, out_spec = pytree.tree_flatten(original(*flat_args, **flat_kwargs))
         return pytree.tree_unflatten(add_axis(outputs, call.flat_outputs), out_spec)
 
-    call.module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if had_own is None:
-            del call.module.__dict__["forward"]
-        else:
-            call.module.__dict__["forward"] = had_own
+    return forward

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
-from tokencache_compile.passes.batch_axis import batch_axis_taken
-from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names
+from tokencache_compile.passes.batch_axis import without_batch_axis
+from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names, replaced_forward
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
@@ -66,8 +66,30 @@ def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
     args, kwargs = pytree.tree_unflatten([v.detach().contiguous() if isinstance(v, Tensor) else v for v in call.leaves], call.in_spec)
     # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
     no_duck_shaping = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-    with torch.no_grad(), no_duck_shaping, batch_axis_taken(call):
+    with torch.no_grad(), no_duck_shaping, replaced_forward(call.module, without_batch_axis(call)):
         return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
+
+
+def count_tokens(body: Body, call: BlockCall, stream: int, tokens: int) -> Body:
+    """``body`` anew, where the block is told how many ``tokens`` it has: numbers that say so are made from its stream's length.
+
+    ``stream``: the position of the stream among the block's tensors. Without such numbers the body stays as it is.
+    """
+    numbers = [place for place, leaf in enumerate(call.leaves) if type(leaf) is int and leaf == tokens]
+    place_of = [place for place, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor)]
+    others = call.tensors[stream].shape[1] - tokens
+    if not numbers:
+        return body
+
+    def forward(original: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        for place in numbers:
+            leaves[place] = leaves[place_of[stream]].shape[1] - others
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        return original(*args, **kwargs)
+
+    with replaced_forward(call.module, forward):
+        return _body(body.name, call)
 
 
 def _body(name: str, call: BlockCall) -> Body:

@@ -18,6 +18,7 @@ from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
 from tokencache_compile.passes.groups import find_groups
 from tokencache_compile.passes.outline import outline
+from tokencache_compile.passes.samples_first import samples_first
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
 from tokencache_compile.plan import CacheConfig, resolve_plan
 from tokencache_compile.predictor import CachePredictor
@@ -31,6 +32,7 @@ class StepPrograms(StepTable):
     Attributes:
         full: the I-step.
         cached: a P-step for each keep profile of the plan; empty where nothing is cached.
+        read_inputs: positions of the inputs whose values the steps hold for, see :class:`Capture`.
     """
 
     program: BlockProgram
@@ -38,10 +40,11 @@ class StepPrograms(StepTable):
     full: StepProgram
     cached: tuple[StepProgram, ...]
     output_spec: Any
+    read_inputs: tuple[int, ...]
 
 
 def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram, Capture]:
-    """Capture → outline → analyse: all that does not depend on settings.
+    """Capture → outline → samples first → analyse: all that does not depend on settings.
 
     Where a model has several lists of blocks and one of them cannot be cached (VACE's control blocks, Latte's blocks over time),
     that list becomes part of the model around the others, which runs in full on every step; the provenance tells.
@@ -54,7 +57,7 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
     while True:
         try:
             captured = capture(model, kwargs, frozenset(left_out))
-            program = outline(captured, model)
+            program, captured = samples_first(outline(captured, model), captured)
             verify_blocks(program)
             program = analyse(program, captured)
         except UnsupportedModelError as refusal:
@@ -97,7 +100,8 @@ def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, pred
     cached = tuple(make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
     random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
-    steps = StepPrograms(plan, full.caches, macs_full, tuple(macs_cached), program, units, full, cached, captured.output_spec)
+    spec, read = captured.output_spec, captured.read_inputs
+    steps = StepPrograms(plan, full.caches, macs_full, tuple(macs_cached), program, units, full, cached, spec, read)
     if has_values:
         initial = [torch.zeros(random_shape if name == "random_scores" else (), device=stream.device) for name in extras]
         same_as_eager(full, captured, [*initial, *steps.initial_caches(stream.device)])

@@ -22,7 +22,8 @@ class Family:
     """One configuration of one class.
 
     ``text_first``: where text stands in joint attention, for the independent reference; ``reuse_module``: whether its attention
-    module gives the attention alone (else the module adds, gates or mixes in more, and the reference reuses the bare attention).
+    module gives the attention alone (else the module adds, gates or mixes in more, and the reference reuses the bare attention);
+    ``history``: how many tokens of earlier frames stand before the sample's in the stream.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Family:
     make: Callable[[], tuple[Given, Given]]
     text_first: bool
     reuse_module: bool
+    history: int
     std: float
 
     @property
@@ -52,10 +54,10 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(
-    name: str, module: str, variant: str = "", text_first: bool = True, reuse_module: bool = True, std: float = 0.1
+    name: str, module: str, variant: str = "", text_first: bool = True, reuse_module: bool = True, history: int = 0, std: float = 0.1
 ) -> Callable[[Callable[[], tuple[Given, Given]]], Callable[[], tuple[Given, Given]]]:
     def add(make: Callable[[], tuple[Given, Given]]) -> Callable[[], tuple[Given, Given]]:
-        entry = Family(name, module, variant, make, text_first, reuse_module, std)
+        entry = Family(name, module, variant, make, text_first, reuse_module, history, std)
         FAMILIES[entry.key] = entry
         return make
 
@@ -465,7 +467,7 @@ def _() -> tuple[Given, Given]:
     return config, {**inputs, "img_ids": r(H * W, 4), "txt_ids": r(S, 4)}
 
 
-@family("HeliosTransformer3DModel", "transformer_helios")
+@family("HeliosTransformer3DModel", "transformer_helios", history=42)
 def _() -> tuple[Given, Given]:
     config, inputs = wan(rope_dim=(4, 4, 4), has_multi_term_memory_patch=True, guidance_cross_attn=True)
     config |= {"zero_history_timestep": True, "is_amplify_history": False}
@@ -526,7 +528,7 @@ def _() -> tuple[Given, Given]:
     }
 
 
-@family("HunyuanVideoFramepackTransformer3DModel", "transformer_hunyuan_video_framepack", text_first=False)
+@family("HunyuanVideoFramepackTransformer3DModel", "transformer_hunyuan_video_framepack", text_first=False, history=50)
 def _() -> tuple[Given, Given]:
     config, inputs = hunyuan_video()
     config |= {"has_image_proj": True, "image_proj_dim": 24, "has_clean_x_embedder": True}

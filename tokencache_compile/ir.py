@@ -50,6 +50,7 @@ class Capture:
     """The model around its blocks: a graph in which every block is one opaque call, and how the blocks were called.
 
     ``sample_inputs`` are the positions of the model's first argument among ``example_inputs``: what the sampler changes.
+    ``read_inputs`` are those whose values the skeleton holds for, as the model's forward reads them; mostly there are none.
     ``output_spec`` (a pytree) rebuilds what the model returns, its output class included, from ``example_outputs``.
     """
 
@@ -58,6 +59,7 @@ class Capture:
     input_names: tuple[str, ...]
     example_inputs: tuple[Tensor, ...]
     sample_inputs: tuple[int, ...]
+    read_inputs: tuple[int, ...]
     example_outputs: tuple[Tensor, ...]
     output_spec: Any
 

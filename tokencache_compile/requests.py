@@ -67,8 +67,9 @@ class SchedulerWatch:
 
 @dataclass
 class BranchState:
-    """The caches of one guidance branch, and what was done for it."""
+    """The caches of one guidance branch, of the ``steps`` that wrote them, and what was done for it."""
 
+    steps: object
     caches: list[Tensor]
     full_steps: int = 0
     cached_steps: int = 0

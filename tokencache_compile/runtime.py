@@ -10,10 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tokencache_compile.call_format import CallFormat
+from tokencache_compile.call_format import CallFormat, values_digest
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
@@ -55,6 +55,7 @@ class Dispatcher(StepDispatcher):
         self.cache_config = config
         self.backend = backend
         self._compiled: dict[Hashable, Captured] = {}
+        self._read: dict[Hashable, frozenset[int]] = {}
         self._lock = threading.RLock()
         self.train(model.training)
 
@@ -76,19 +77,31 @@ class Dispatcher(StepDispatcher):
 
     def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Captured:
         with self._lock:
-            known = self._compiled.get(signature)
+            key = self._key(signature, call)
+            known = self._compiled.get(key)
             if known is not None and begins and not known.steps.program.shares_weights_of(self.model):
                 self._compiled.clear()  # weights were replaced (an adapter, load_state_dict(assign=True)): capture anew
-            if signature not in self._compiled:
-                self._compiled[signature] = self._compile(call)
-            return self._compiled[signature]
+            if key not in self._compiled:
+                captured = self._compile(call)
+                self._read[signature] = self._read.get(signature, frozenset()) | set(captured.steps.read_inputs)
+                key = self._key(signature, call)
+                self._compiled[key] = captured
+            return self._compiled[key]
+
+    def _key(self, signature: Hashable, call: dict[str, Any]) -> Hashable:
+        """What a call's graphs hold for: its signature, and the values that the model's forward reads."""
+        read = self._read.get(signature)
+        if not read:
+            return signature
+        tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+        return (signature, *(values_digest(tensors[position]) for position in sorted(read)))
 
     def _compile(self, call: dict[str, Any]) -> Captured:
         with GATE.capture():
             steps = build_steps(self.model, call, self.cache_config, self.predictor)
         full, *cached = make_engines(self.backend, steps)
         rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)
-        call_format = CallFormat.of(self._signature, call, steps.program.input_names)
+        call_format = CallFormat.of(self._signature, call, steps.program.input_names, steps.read_inputs)
         autocast = torch.is_autocast_enabled(steps.program.known_stream.device.type)
         return Captured(steps, full, tuple(cached), rebuild, call_format, autocast)
 

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tokencache_compile.calls import bind_call
+from tokencache_compile.calls import TIMESTEP_NAMES, bind_call
 from tokencache_compile.engine import Engine
 from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.requests import BranchState, Request, RequestTracker, SchedulerWatch
 from tokencache_compile.step_table import StepTable
-
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
 class _CaptureGate:
@@ -142,7 +140,7 @@ class StepDispatcher(nn.Module, ABC):
     def __init__(self, name: str, signature: inspect.Signature, watch: SchedulerWatch) -> None:
         super().__init__()
         names = list(signature.parameters)
-        timestep = next((name for name in _TIMESTEP_NAMES if name in names), None)
+        timestep = next((name for name in TIMESTEP_NAMES if name in names), None)
         if timestep is None:
             raise ConfigError(f"{name}.forward({', '.join(names)}) has no argument named timestep, which tells the steps apart.")
         self.step_callback: Callable[[StepReport], None] | None = None
@@ -261,10 +259,10 @@ class StepDispatcher(nn.Module, ABC):
 
     def _run(self, compiled: Compiled, request: Request, branch: str, timestep: float, tensors: list[Tensor]) -> list[Tensor]:
         steps, plan, device = compiled.steps, compiled.steps.plan, request.sample.device
-        first = branch not in request.branches
-        if first:
-            request.branches[branch] = BranchState(steps.initial_caches(device))
-        state = request.branches[branch]
+        state = request.branches.get(branch)
+        first = state is None or state.steps is not steps  # other steps where the model reads values that changed
+        if state is None or first:
+            state = request.branches[branch] = BranchState(steps, steps.initial_caches(device))
         full = first or not compiled.cached or plan.config.schedule.is_full(request.step)
         group = plan.profile_of(request.step)
         engine = compiled.full if full else compiled.cached[group]

@@ -77,9 +77,7 @@ class ReadValues(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         if func in _INDEXING:
             args = (args[0], self._static_index(args[1]), *args[2:])
-        result = func(*args, **kwargs)
-        self._follow(func, args, kwargs, result)
-        return result
+        return self._followed(func, args, kwargs, func(*args, **kwargs))
 
     def _origin(self, tensor: Tensor) -> _Origin:
         """Of a tensor that stands outside the trace (a table that a module keeps) the value is its own."""
@@ -95,12 +93,12 @@ class ReadValues(TorchFunctionMode):
             raise ValueNeededError(origin.positions)
         return origin.value
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note the origin of what ``func`` returned, and of what it wrote to."""
+    def _followed(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """Note the origin of what ``func`` returned, and of what it wrote to; returns the value where its shape follows from values."""
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         writes = func is Tensor.__setitem__
         if not outputs and not writes:
-            return
+            return result
         origins = [self._origin(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         positions = frozenset().union(*(origin.positions for origin in origins))
         values: list[Tensor | None] = [None] * len(outputs)
@@ -108,12 +106,15 @@ class ReadValues(TorchFunctionMode):
             known_args, known_kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._origin(tensor).value, (args, kwargs))
             found = _on_values(func, known_args, known_kwargs)
             values = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+            if any(not isinstance(size, int) for output in outputs for size in output.shape):  # masks and counts that are expanded
+                outputs, values, result = values, [_copy(value) for value in values], found
             if writes:
                 outputs, values = [args[0]], [known_args[0]]
         elif writes:
             outputs, values = [args[0]], [None]
         for output, value in zip(outputs, values, strict=True):
             self._origins[output] = _Origin(positions, value)
+        return result
 
     def _static_index(self, index: Any) -> Any:
         """An index without reads: numbers for tensors in slices, positions for masks."""

@@ -29,6 +29,7 @@ _READS = {
     Tensor.item,
     Tensor.tolist,
 }
+_REPEATING = {torch.repeat_interleave, Tensor.repeat_interleave}
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 
 
@@ -77,6 +78,9 @@ class ReadValues(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         if func in _INDEXING:
             args = (args[0], self._static_index(args[1]), *args[2:])
+        if func in _REPEATING and isinstance(args[1], Tensor) and "dim" in kwargs and (counts := self._read(args[1])) is not None:
+            rows = _on_values(torch.repeat_interleave, (counts,), {})  # which row stands where
+            func, args, kwargs = torch.index_select, (args[0], kwargs["dim"], rows), {}
         return self._followed(func, args, kwargs, func(*args, **kwargs))
 
     def _origin(self, tensor: Tensor) -> _Origin:
@@ -105,9 +109,10 @@ class ReadValues(TorchFunctionMode):
         if all(origin.value is not None for origin in origins):
             known_args, known_kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._origin(tensor).value, (args, kwargs))
             found = _on_values(func, known_args, known_kwargs)
-            values = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+            known = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+            values = [*known]
             if any(not isinstance(size, int) for output in outputs for size in output.shape):  # masks and counts that are expanded
-                outputs, values, result = values, [_copy(value) for value in values], found
+                outputs, values, result = known, [_copy(value) for value in known], found
             if writes:
                 outputs, values = [args[0]], [known_args[0]]
         elif writes:

@@ -2,8 +2,8 @@
 
     polar(1, angles)[ids] → split → cat        →        view_as_complex(table [..., 2])
 
-The arithmetic on what the model is given stays complex; exporters know that much (a product), but not how tables are cut and joined,
-nor how rows are selected: those of kept tokens are selected from the real form.
+The arithmetic on what the model is given stays complex; exporters know that much (a product), but not how tables are cut and joined.
+What is no constant but only rearranged, as the rows of kept tokens are, is rearranged in its real form.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
+
+aten = torch.ops.aten
+_REARRANGING = {"index_select", aten.index_select.default, aten.index.Tensor, aten.slice.Tensor, aten.unsqueeze.default}
 
 
 def real_tables(module: GraphModule) -> None:
@@ -32,28 +35,26 @@ def real_tables(module: GraphModule) -> None:
         module.register_buffer(name, table)
         with module.graph.inserting_before(node):
             stored = module.graph.get_attr(name)
-            complex_again = module.graph.call_function(torch.ops.aten.view_as_complex.default, (stored,))
+            complex_again = module.graph.call_function(aten.view_as_complex.default, (stored,))
         complex_again.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(complex_again)
-    _select_real_rows(module.graph)
+    _rearrange_real_forms(module.graph)
     module.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
 
 
-def _select_real_rows(graph: Graph) -> None:
-    selections = [*graph.find_nodes(op="call_method", target="index_select")]
-    selections += graph.find_nodes(op="call_function", target=torch.ops.aten.index.Tensor)
-    for node in selections:
-        if not _is_complex(node):
+def _rearrange_real_forms(graph: Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target not in _REARRANGING or not _is_complex(node):
             continue
-        value, *which = node.args
-        if node.op == "call_method":
-            which[0] %= node.meta["val"].dim()  # counted from the front: the real form has one axis more
+        value, *rest = node.args
+        if rest and node.target is not aten.index.Tensor:
+            rest[0] %= node.meta["val"].dim()  # an axis counted from the front: the real form has one more behind
         with graph.inserting_before(node):
-            real = graph.call_function(torch.ops.aten.view_as_real.default, (value,))
-            rows = graph.create_node(node.op, node.target, (real, *which))
-            selected = graph.call_function(torch.ops.aten.view_as_complex.default, (rows,))
-        selected.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(selected)
+            real = graph.call_function(aten.view_as_real.default, (value,))
+            rearranged = graph.create_node(node.op, node.target, (real, *rest))
+            result = graph.call_function(aten.view_as_complex.default, (rearranged,))
+        result.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(result)
 
 
 def _is_complex(node: Node) -> bool:

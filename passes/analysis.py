@@ -40,8 +40,9 @@ from tokencache_compile.ir import (
     SideInput,
     Stream,
 )
+from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.passes.capture import BLOCK_OP, disturbed
-from tokencache_compile.passes.outline import block_call_index, count_tokens
+from tokencache_compile.passes.outline import block_call_index, counting_body
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _TRUNK_OPS = (
@@ -458,6 +459,13 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
 # -- 4: the permutation test ----------------------------------------------------------------------------------------------
 
 
+class _WithoutGrid(Interpreter):
+    """Runs a body whose tokens do not mix with their neighbours on the grid: that is what no permutation keeps."""
+
+    def run_node(self, n: Node) -> Any:
+        return self.fetch_args_kwargs_from_env(n)[0][0] if n.target is ON_GRID else super().run_node(n)
+
+
 def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
     """Permuting tokens must permute the output. Side inputs get random values: constant ones would prove nothing."""
     roles = body.known_roles
@@ -483,8 +491,8 @@ def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
         for dim in dims:
             permuted[i] = permuted[i].index_select(dim, order(layout))
     with torch.no_grad():
-        plain = body.graph_module(*weights, *tensors)
-        moved = body.graph_module(*weights, *permuted)
+        plain = _WithoutGrid(body.graph_module).run(*weights, *tensors)
+        moved = _WithoutGrid(body.graph_module).run(*weights, *permuted)
     streams = [(roles.stream_input, roles.stream_output, order(roles.layout))]
     streams += [(c.input, c.output, torch.arange(c.shape[1], device=device)) for c in roles.companions]
     for i, o, rows in streams:
@@ -504,7 +512,7 @@ def _counting(body: Body, call: BlockCall, place: _Place) -> Body:
     token = shape_of(placeholders(body)[place.pair[0]])[1]
     bounds = _bounds(token) if isinstance(token, SymInt) else None
     free = bounds is not None and bounds.lower <= 2 + place.layout.others
-    return body if free else count_tokens(body, call, place.pair[0], place.tokens)
+    return body if free else counting_body(body, call, place.pair[0], place.tokens)
 
 
 def _check_outputs(program: BlockProgram, block: Block, pairs: Sequence[tuple[int, int]]) -> None:

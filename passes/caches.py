@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheSpec, CacheUnit
+from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.plan import CacheConfig, CachePlan
 
 SHARED_STAMPS = "stamps"
@@ -76,6 +78,13 @@ def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> 
             node = nodes[output.node]
             shape = (stream.batch, output.rows, *_per_token_shape(node))
             specs.append(tuple(CacheSpec(f"attention_{suffix}_{i}", shape, node.meta["val"].dtype) for i in range(depth)))
+    elif plan.config.context == "kept":
+        on_grid: list[Any] = [n for n in nodes.values() if n.target is ON_GRID]
+        for number, node in enumerate(on_grid):
+            suffix = f"{unit.name}_{number}" if len(on_grid) > 1 else unit.name
+            x, axis, dims = node.args[0].meta["val"], node.args[3], len(node.args[4])
+            rest = (*x.shape[1:axis], *x.shape[axis + dims :])
+            specs.append((CacheSpec(f"grid_{suffix}", (stream.batch, stream.tokens, *map(int, rest)), x.dtype),))
     return tuple(specs)
 
 

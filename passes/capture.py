@@ -13,7 +13,8 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from io import StringIO
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def _(tensors: list[Tensor], spec: str) -> list[Tensor]:
 BLOCK_OP = torch.ops.tokencache_compile.block.default
 
 # What step graphs call their own inputs and outputs; an argument of the model with such a name gets another in the graphs.
-_TAKEN = re.compile(r"step|stamps|random_scores|next_.*|(update|stamps|score|scores|key|value|attention|companion|index)_\d.*")
+_TAKEN = re.compile(r"step|stamps|random_scores|next_.*|(update|stamps|score|scores|key|value|attention|companion|grid|index)_\d.*")
 
 
 def block_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
@@ -103,9 +104,9 @@ def _on_the_sample(
     for place, tensor in zip(places, disturbed([leaves[i] for i in places], sample), strict=True):
         leaves[place] = tensor
     again: list[BlockCall] = []
-    with _recording(candidates, again):
+    with recording(candidates, again):
         model(**pytree.tree_unflatten(leaves, spec))
-    others = {call.fqn: call for call in again}
+    others = {call.fqn: with_batch_axis(call) if calls[0].flat_inputs else call for call in again}
     return tuple(
         call
         for call in calls
@@ -117,7 +118,8 @@ def _on_the_sample(
 
 
 @contextmanager
-def _recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> Iterator[None]:
+def recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> Iterator[None]:
+    """Within this context, and in this thread, every call of a candidate is appended to ``calls``."""
     owner = threading.get_ident()
 
     def record(fqn: str) -> Any:
@@ -126,7 +128,7 @@ def _recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> I
                 return
             leaves, in_spec = pytree.tree_flatten((args, kwargs))
             outputs, out_spec = pytree.tree_flatten(output)
-            calls.append(with_batch_axis(BlockCall(fqn, module, tuple(leaves), in_spec, tuple(outputs), out_spec)))
+            calls.append(BlockCall(fqn, module, tuple(leaves), in_spec, tuple(outputs), out_spec))
 
         return hook
 
@@ -282,37 +284,62 @@ def _export(
     """The model around its blocks as a graph, and the positions of the inputs whose values it holds for.
 
     Most models are captured for all values. Where that fails because Python reads some (the length of a text from its mask), the
-    graph is made for the values at hand; see :mod:`read_values`.
+    graph is made for the values at hand; see :mod:`read_values`. Reads of constants are answered too: they would be sizes that no
+    graph knows.
     """
     has_switch = "return_dict" in inspect.signature(model.forward).parameters
     given = {**kwargs, "return_dict": False} if has_switch else dict(kwargs)
-    on_meta = any(tensor.is_meta for tensor in _tensors(given))
+
+    def export(known: frozenset[int] | None) -> torch.export.ExportedProgram:
+        with ExitStack() as stack:
+            stack.enter_context(_opaque(calls))
+            if known is None:
+                stack.enter_context(redirect_stderr(StringIO()))  # torch prints how far it came; there is a second trial
+            else:
+                stack.enter_context(replaced_forward(model, _answering_reads(kwargs, known)))
+            return torch.export.export(model, (), given, strict=False)
+
+    try:
+        exported = export(None)
+    except Exception as error:
+        return _export_for_values(model, kwargs, sample, export, error)
+    has_values = not any(tensor.is_meta for tensor in _tensors(given))
+    if has_values and any(node.target is torch.ops.aten.item.default for node in exported.graph.nodes):
+        with suppress(ValueNeededError):
+            return export(frozenset()), frozenset()
+    return exported, frozenset()
+
+
+def _export_for_values(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    sample: tuple[int, ...],
+    export: Callable[[frozenset[int]], torch.export.ExportedProgram],
+    refusal: Exception,
+) -> tuple[torch.export.ExportedProgram, frozenset[int]]:
+    """The graph for the values that the forward reads, and the positions of their inputs: those it asks for, one after the other.
+
+    Raises:
+        UnsupportedModelError: reads are not why it could not be captured (``refusal``), or what it reads changes at every step.
+    """
     arguments = _arguments_of(kwargs)
     moving = {*sample, *(position for position, name in enumerate(arguments) if name in TIMESTEP_NAMES)}
     known: frozenset[int] = frozenset()
-    first: Exception | None = None
-    while True:
-        with ExitStack() as stack:
-            stack.enter_context(_opaque(calls))
-            if first is not None:
-                stack.enter_context(replaced_forward(model, _answering_reads(kwargs, known)))
-            try:
-                return torch.export.export(model, (), given, strict=False), known
-            except ValueNeededError as needed:
-                known |= needed.positions
-                if known & moving:
-                    names = ", ".join(sorted({arguments[position] for position in known & moving}))
-                    raise UnsupportedModelError(
-                        type(model).__name__, f"its forward reads values made from {names}", "They change at every step, and graphs read none."
-                    ) from needed
-            except Exception as error:
-                if first is not None or on_meta:
-                    raise UnsupportedModelError(
-                        type(model).__name__,
-                        f"torch.export cannot capture what stands around its blocks: {first_line(first or error)}",
-                        "See docs/architecture.md, capture.",
-                    ) from error
-                first = error
+    while not known & moving:
+        try:
+            return export(known), known
+        except ValueNeededError as needed:
+            known |= needed.positions
+        except Exception as error:
+            raise UnsupportedModelError(
+                type(model).__name__,
+                f"torch.export cannot capture what stands around its blocks: {first_line(refusal)}",
+                "See docs/architecture.md, capture.",
+            ) from error
+    names = ", ".join(sorted({arguments[position] for position in known & moving}))
+    raise UnsupportedModelError(
+        type(model).__name__, f"its forward reads values made from {names}", "They change at every step, and graphs read none."
+    ) from refusal
 
 
 def _check_arguments(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -348,12 +375,13 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
     calls: list[BlockCall] = []
     with torch.no_grad():
         try:
-            with _recording(candidates, calls):
+            with recording(candidates, calls):
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error
         sample = _sample_inputs(model, kwargs, result)
-        kept = _on_the_sample(model, kwargs, sample, candidates, tuple(call for call in calls if _keeps_a_stream(call)))
+        streaming = tuple(call for call in calls if _keeps_a_stream(call)) or tuple(filter(_keeps_a_stream, map(with_batch_axis, calls)))
+        kept = _on_the_sample(model, kwargs, sample, candidates, streaming)
         _check_arguments(model, kwargs)
         if not kept:
             raise UnsupportedModelError(

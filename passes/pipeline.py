@@ -51,8 +51,9 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
 
     Raises:
         InputError: see :func:`capture`.
-        UnsupportedModelError: the first refusal, if no list of blocks can be cached.
+        UnsupportedModelError: the first refusal, if most blocks cannot be cached.
     """
+    lists = block_lists(model)
     left_out: dict[str, UnsupportedModelError] = {}
     while True:
         try:
@@ -62,13 +63,14 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
             program = analyse(program, captured)
         except UnsupportedModelError as refusal:
             blocks = refusal.where.rpartition(".")[0]
-            lists = block_lists(model)
             if blocks not in lists or len(lists) - len(left_out) == 1:
                 if not left_out:
                     raise
                 raise next(iter(left_out.values())) from refusal
             left_out[blocks] = refusal
         else:
+            if sum(len(lists[name]) for name in left_out) > len(program.blocks):
+                raise next(iter(left_out.values()))
             notes = tuple(f"left out {name}: {refusal.reason}" for name, refusal in left_out.items())
             return replace(program, provenance=(*notes, *program.provenance)), captured
 

@@ -31,6 +31,7 @@ _READS = {
 }
 _REPEATING = {torch.repeat_interleave, Tensor.repeat_interleave}
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
+_TAKING_SIZES = {Tensor.expand, Tensor.repeat, Tensor.reshape, Tensor.view}
 
 
 class ValueNeededError(Exception):
@@ -78,6 +79,8 @@ class ReadValues(TorchFunctionMode):
             return iter(self.__torch_function__(torch.unbind, types, args))
         if func in _INDEXING:
             args = (args[0], self._static_index(args[1]), *args[2:])
+        if func in _TAKING_SIZES:
+            args = (args[0], *pytree.tree_map(self._number, args[1:]))
         if func in _REPEATING and isinstance(args[1], Tensor) and "dim" in kwargs and (counts := self._read(args[1])) is not None:
             rows = _on_values(torch.repeat_interleave, (counts,), {})  # which row stands where
             func, args, kwargs = torch.index_select, (args[0], kwargs["dim"], rows), {}

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from tokencache_compile.errors import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, Capture, StepProgram
 from tokencache_compile.macs import MacCounter
+from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.passes.capture import BLOCK_OP
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.regions import cached_region
@@ -85,6 +86,12 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
     first_of = {block.body: block for block in reversed(program.blocks[: plan.num_cached])}
     for block in first_of.values():
         body = program.body_of(block)
+        if any(node.target is ON_GRID for node in body.graph_module.graph.nodes):
+            raise UnsupportedModelError(
+                block.fqn,
+                f"its tokens mix with their neighbours on the grid, which context={plan.config.context!r} does not know",
+                'Use context="kept".',
+            )
         call, roles, stream = captured.calls[block.index], body.known_roles, program.known_stream
         kept = max(stream.tokens // 2, 1)
         index = torch.randperm(stream.tokens, generator=draw)[:kept].expand(stream.batch, -1).to(stream.device)

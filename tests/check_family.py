@@ -163,7 +163,9 @@ class Checked:
         _, filled = run(everything, False, self.now, everything.initial_caches(torch.device("cpu")), 0)
         found.all_kept = error(run(everything, True, again, filled, 1)[0], result_of)
 
-        plain = PlainBlocks(self.model, names, tokens, context, self.entry.text_first, self.entry.reuse_module, self.entry.history)
+        entry = self.entry
+        how = {name: getattr(entry, name) for name in ("text_first", "reuse_module", "history", "mixer", "grid")}
+        plain = PlainBlocks(self.model, names, tokens, context, **how)
         plain.full_step(self.first)
         scores = steps.step_inputs(1, torch.device("cpu"))[1][0]
         kept = {name: scores[i].topk(steps.plan.profiles[0][i]).indices for i, name in enumerate(names)}

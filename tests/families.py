@@ -23,7 +23,8 @@ class Family:
 
     ``text_first``: where text stands in joint attention, for the independent reference; ``reuse_module``: whether its attention
     module gives the attention alone (else the module adds, gates or mixes in more, and the reference reuses the bare attention);
-    ``history``: how many tokens of earlier frames stand before the sample's in the stream.
+    ``history``: how many tokens of earlier frames stand before the sample's in the stream; ``mixer``: the module of a block that
+    works on the ``grid`` of tokens, whose sizes the block is told.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Family:
     text_first: bool
     reuse_module: bool
     history: int
+    mixer: str
+    grid: tuple[int, ...]
     std: float
 
     @property
@@ -54,10 +57,18 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(
-    name: str, module: str, variant: str = "", text_first: bool = True, reuse_module: bool = True, history: int = 0, std: float = 0.1
+    name: str,
+    module: str,
+    variant: str = "",
+    text_first: bool = True,
+    reuse_module: bool = True,
+    history: int = 0,
+    mixer: str = "",
+    grid: tuple[int, ...] = (),
+    std: float = 0.1,
 ) -> Callable[[Callable[[], tuple[Given, Given]]], Callable[[], tuple[Given, Given]]]:
     def add(make: Callable[[], tuple[Given, Given]]) -> Callable[[], tuple[Given, Given]]:
-        entry = Family(name, module, variant, make, text_first, reuse_module, history, std)
+        entry = Family(name, module, variant, make, text_first, reuse_module, history, mixer, grid, std)
         FAMILIES[entry.key] = entry
         return make
 
@@ -328,7 +339,7 @@ def _() -> tuple[Given, Given]:
     }
 
 
-@family("SanaTransformer2DModel", "sana_transformer")
+@family("SanaTransformer2DModel", "sana_transformer", mixer="ff", grid=(H, W))
 def _() -> tuple[Given, Given]:
     config = {**LATENT, "patch_size": 1, "num_layers": 3, "attention_head_dim": 4, "num_attention_heads": 4, "num_cross_attention_heads": 2}
     config |= {"cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 8, "sample_size": 32}
@@ -482,10 +493,10 @@ def _() -> tuple[Given, Given]:
 @family("HiDreamImageTransformer2DModel", "transformer_hidream_image", text_first=False)
 def _() -> tuple[Given, Given]:
     config = {**LATENT, "patch_size": 2, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4}
-    config |= {"caption_channels": [8, 4], "text_emb_dim": 8, "num_routed_experts": 2, "num_activated_experts": 2}
+    config |= {"caption_channels": [8, 4], "text_emb_dim": 8, "num_routed_experts": 4, "num_activated_experts": 2}
     config |= {"axes_dims_rope": (4, 2, 2), "max_resolution": (16, 20), "llama_layers": (0, 1, 0, 1), "force_inference_output": True}
     return config, {
-        "hidden_states": r(B, 4, 8, 10),
+        "hidden_states": r(B, 4, 10, 10),
         "encoder_hidden_states_t5": r(B, S, 8),
         "encoder_hidden_states_llama3": r(2, B, S, 4),
         "pooled_embeds": r(B, 8),
@@ -521,9 +532,9 @@ def _() -> tuple[Given, Given]:
         "hidden_states": r(B, 4, 2, H, W),
         "timestep": t(500.0, False),
         "encoder_hidden_states": r(B, 6, 24),
-        "encoder_attention_mask": torch.ones(B, 6),
+        "encoder_attention_mask": torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2]),
         "encoder_hidden_states_2": r(B, 5, 12),
-        "encoder_attention_mask_2": torch.ones(B, 5),
+        "encoder_attention_mask_2": torch.tensor([[1.0] * 5, [1.0] * 2 + [0.0] * 3]),
         "image_embeds": torch.zeros(B, 3, 8),
     }
 
@@ -535,7 +546,8 @@ def _() -> tuple[Given, Given]:
     inputs.pop("encoder_attention_mask")
     frames = {"latents_clean": 2, "latents_history_2x": 2, "latents_history_4x": 8}
     history = {name: r(B, 4, n, 8, 10) for name, n in frames.items()} | {f"indices_{name}": torch.ones(n) for name, n in frames.items()}
-    more = {"image_embeds": r(B, 5, 24), "indices_latents": torch.ones(2), "encoder_attention_mask": torch.ones(B, S)}
+    more = {"image_embeds": r(B, 5, 24), "indices_latents": torch.ones(2)}
+    more["encoder_attention_mask"] = torch.tensor([[1.0] * S, [1.0] * 5 + [0.0] * 2])
     return config, {**inputs, **more, **history}
 
 
@@ -839,7 +851,7 @@ def _() -> tuple[Given, Given]:
     }
 
 
-@family("SanaVideoTransformer3DModel", "transformer_sana_video")
+@family("SanaVideoTransformer3DModel", "transformer_sana_video", mixer="ff", grid=(2, H, W))
 def _() -> tuple[Given, Given]:
     config = {"in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3}
     config |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}

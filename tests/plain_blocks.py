@@ -31,6 +31,7 @@ class Recorded:
     others: set[int]  # how many rows stand beside the tokens' on an axis that they share with others
     attention: list[tuple[Any, ...]]  # of each call, in order: query, key, value, mask, result
     modules: dict[str, Any] = field(default_factory=dict)  # self-attention module -> what it returned
+    mixed: list[Tensor] = field(default_factory=list)  # what the module on the grid was given
 
 
 @contextmanager
@@ -51,7 +52,9 @@ def attention_replaced(replacement: Callable[[Sdpa, int], Sdpa]) -> Iterator[Non
 class PlainBlocks:
     """I- and P-steps of ``model`` whose blocks ``names`` are cached; N ``tokens``.
 
-    ``history`` rows stand before the tokens in the stream itself, and text before or behind all these where they are joined.
+    ``history`` rows stand before the tokens in the stream itself, and text before or behind all these where they are joined. Blocks
+    whose module ``mixer`` works on the ``grid`` of tokens are told its sizes: a P-step's block is told a grid of 1 × n, and the mixer
+    sees the whole grid, in which other tokens than the kept ones are as at the I-step.
     """
 
     def __init__(
@@ -63,9 +66,12 @@ class PlainBlocks:
         text_first: bool = True,
         reuse_module: bool = True,
         history: int = 0,
+        mixer: str = "",
+        grid: Sequence[int] = (),
     ) -> None:
         self.model, self.names, self.tokens, self.context = model, names, tokens, context
         self.text_first, self.reuse_module, self.history = text_first, reuse_module, history
+        self.mixer, self.grid = mixer, list(grid)
         self.recorded: dict[str, Recorded] = {}
 
     @torch.no_grad()
@@ -132,6 +138,9 @@ class PlainBlocks:
         inner = [(path, module) for path, module in block.named_modules() if path]
         handles = [module.register_forward_pre_hook(entering(path)) for path, module in inner]
         handles += [module.register_forward_hook(leaving(path)) for path, module in inner]
+        mixed: list[Tensor] = []
+        if self.mixer:
+            handles.append(block.get_submodule(self.mixer).register_forward_pre_hook(lambda _, given: mixed.append(given[0])))
         with attention_replaced(listen):
             result = forward(*args, **kwargs)
         for handle in handles:
@@ -140,7 +149,7 @@ class PlainBlocks:
         joint = {key.shape[-2] for _, key, *_ in calls if key.shape[-2] >= self.tokens}
         i, o, axis = self._stream(leaves, outputs, {self.tokens + self.history, *joint})
         others = {size - self.tokens for size in (leaves[i].shape[axis], *joint)} - {0}
-        record = Recorded(outputs[o] - leaves[i], (i, o), axis, others, calls, {path: returned[path] for path in attending})
+        record = Recorded(outputs[o] - leaves[i], (i, o), axis, others, calls, {path: returned[path] for path in attending}, mixed)
         return record, result
 
     def _stream(self, leaves: list[Any], outputs: list[Any], sizes: set[int]) -> tuple[int, int, int]:
@@ -177,10 +186,14 @@ class PlainBlocks:
         stream = leaves[i]
         now = self._run_on_all(block, forward, args, kwargs)[0] if self.context in ("full", "cached") else before
         few = [self._gather(leaf, before.others, kept) for leaf in leaves]
+        if self.grid:
+            sizes = [leaf if isinstance(leaf, int) else None for leaf in leaves]
+            first = next(i for i in range(len(sizes)) if sizes[i : i + len(self.grid)] == self.grid)
+            few[first : first + len(self.grid)] = [1] * (len(self.grid) - 1) + [len(kept)]
         few_args, few_kwargs = pytree.tree_unflatten(few, spec)
         whole = [self._on_all(old, new) for old, new in zip(before.attention, now.attention, strict=True)]
         seeing = attention_replaced(lambda sdpa, number: self._seeing(sdpa, whole[number], before.others, kept))
-        with seeing, self._modules_replaced(block, before, kept):
+        with seeing, self._modules_replaced(block, before, kept), self._on_whole_grid(block, before, kept):
             outputs, out_spec = pytree.tree_flatten(forward(*few_args, **few_kwargs))
         moved = stream + before.update
         rows = self._rows(stream.shape[before.axis], before.others, kept)
@@ -227,3 +240,25 @@ class PlainBlocks:
         finally:
             for module in modules:
                 del module.forward
+
+    @contextmanager
+    def _on_whole_grid(self, block: nn.Module, before: Recorded, kept: Tensor) -> Iterator[None]:
+        """The module on the grid sees every token, the kept ones as they are now."""
+        if not self.mixer:
+            yield
+            return
+        module = block.get_submodule(self.mixer)
+        (then,) = before.mixed
+        axis = list(then.shape).index(self.grid[0], 1)
+        last = axis + len(self.grid) - 1
+        own = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            now = then.flatten(axis, last).index_copy(axis, kept, x.flatten(axis, last))
+            return own(now.unflatten(axis, self.grid)).flatten(axis, last).index_select(axis, kept).reshape(x.shape)
+
+        module.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del module.forward

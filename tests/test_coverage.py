@@ -22,6 +22,7 @@ from tokencache_compile.learn.stack import BlockStack
         ("FluxTransformer2DModel", "2"),
         ("QwenImageTransformer2DModel", "2"),
         ("CogVideoXTransformer3DModel (rotary)", "2"),
+        ("HunyuanVideoFramepackTransformer3DModel", "2 (text +50)"),
     ],
 )
 def test_right_in_every_context(key: str, streams: str) -> None:
@@ -34,7 +35,7 @@ def test_right_in_every_context(key: str, streams: str) -> None:
 @pytest.mark.parametrize(
     ("key", "where", "reason"),
     [
-        ("SanaTransformer2DModel", "transformer_blocks.0", "fixes its token count"),
+        ("AnyFlowFARTransformer3DModel", "blocks.0", "BlockMask"),
         ("MiniMaxMusic3RVQDepthDecoder", "layers.0", "its attention is causal"),
         ("WanAnimate2Transformer3DModel", "WanAnimate2Transformer3DModel", "its argument kv_cache is a WanAnimate2KVCache"),
     ],
@@ -99,6 +100,13 @@ def test_streams_without_a_batch_axis() -> None:
     checked = Checked(FAMILIES["Cosmos3OmniTransformer"])
     assert checked.captured.calls[0].tensors[0].shape == (1, 7, 32) and checked.captured.sample_inputs == (3,)
     assert checked.context("cached").ok and checked.onnx("cached").ok
+
+
+def test_neighbours_on_the_grid_are_held() -> None:
+    """Sana's feed-forward convolves over the grid; attention among the kept tokens is its only context."""
+    result = check(FAMILIES["SanaTransformer2DModel"], ("kept", "full"))
+    assert result.contexts["kept"].ok, result.line()
+    assert "transformer_blocks.0: its tokens mix with their neighbours on the grid" in result.contexts["full"].refusal
 
 
 def test_training_refuses_blocks_with_text() -> None:

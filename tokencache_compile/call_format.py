@@ -74,6 +74,11 @@ class CallFormat:
         return cls(tuple(arguments), tuple(leaves))
 
     @property
+    def reads_values(self) -> bool:
+        """Whether the graphs hold for the values of some tensors, which every call may change."""
+        return any(leaf.spec is not None and leaf.constant is not None for leaf in self.leaves)
+
+    @property
     def signature(self) -> inspect.Signature:
         """The forward's signature."""
         parameters = []

@@ -50,13 +50,14 @@ class OnnxResult:
     context: str = ""
     error: float = float("inf")
     refusal: str = ""
+    failure: str = ""  # as of a context
 
     @property
     def ok(self) -> bool:
         return self.error <= ENGINE_TOLERANCE
 
     def note(self) -> str:
-        return self.refusal or f"{self.context}, {self.error:.0e} from eager's"
+        return self.refusal or self.failure or f"{self.context}, {self.error:.0e} from eager's"
 
 
 @dataclass
@@ -207,7 +208,11 @@ def check(entry: Family, contexts: Sequence[str] = CONTEXTS, engines: bool = Fal
             result.contexts[context] = _failed(error)
     if engines and result.supported:
         right = [context for context, found in result.contexts.items() if found.ok]
-        result.onnx = checked.onnx("reuse" if "reuse" in right else right[0])
+        context = "reuse" if "reuse" in right else right[0]
+        try:
+            result.onnx = checked.onnx(context)
+        except Exception as error:
+            result.onnx = OnnxResult(context, failure=f"{type(error).__name__}: {error}")
     return result
 
 

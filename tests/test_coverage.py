@@ -102,6 +102,12 @@ def test_streams_without_a_batch_axis() -> None:
     assert checked.context("cached").ok and checked.onnx("cached").ok
 
 
+def test_rows_that_a_mask_repeats() -> None:
+    """Qwen-Image 2.1 repeats rows as often as a mask says, and writes the sample into some of them; its shapes are static all the same."""
+    checked = Checked(FAMILIES["QwenImage21Transformer2DModel"])
+    assert checked.context("kept").ok and checked.onnx("kept").ok
+
+
 def test_neighbours_on_the_grid_are_held() -> None:
     """Sana's feed-forward convolves over the grid; attention among the kept tokens is its only context."""
     result = check(FAMILIES["SanaTransformer2DModel"], ("kept", "full"))

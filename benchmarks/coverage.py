@@ -1,6 +1,6 @@
 """Which of diffusers' transformer classes can be cached, and whether what comes out is right: writes docs/coverage.md.
 
-    python benchmarks/coverage.py                       # all classes, JSON and table (TIME on one core)
+    python benchmarks/coverage.py                       # all classes, JSON and table (13 minutes on one core)
     python benchmarks/coverage.py --only Flux --no-write
 
 Each tiny configuration (tests/families.py) goes through capture, an I-step and a P-step in every context:

@@ -73,6 +73,11 @@ def attention_mask(node: Node) -> Node | None:
     return mask if isinstance(mask, Node) else None
 
 
+def _is_causal(node: Node) -> bool:
+    """Whether an attention call is: its queries see the keys up to their own position."""
+    return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+
+
 def shape_of(node: Node) -> tuple[int | SymInt, ...]:
     """Sizes of a node's value; an axis that the block fixed is an int, a free one a symbol."""
     sizes = node.meta["val"].shape
@@ -400,12 +405,19 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
         raise UnsupportedModelError(
             call.fqn, f"its token count is bound to {token.node.expr} in {bounds}", "The block depends on the token count."
         )
-    keys = [shape_of(n.args[1])[-2] for n in body.graph_module.graph.nodes if n.target is SDPA]
+    attending = [n for n in body.graph_module.graph.nodes if n.target is SDPA]
+    keys = [shape_of(n.args[1])[-2] for n in attending]
     if isinstance(shape[0], SymInt) and any(mentions(key, shape[0]) for key in keys):
         raise UnsupportedModelError(
             call.fqn,
             f"its attention runs over the first axis of its stream {tuple(call.tensors[stream_input].shape)}",
             "Its tokens cannot be gathered sample by sample.",
+        )
+    if any(_is_causal(n) and mentions(key, token) for n, key in zip(attending, keys, strict=True)):
+        raise UnsupportedModelError(
+            call.fqn,
+            "its attention is causal: a token sees those before it alone, as in a model that writes one token after the other",
+            "The tokens of a sample that is denoised see each other.",
         )
     companions = []
     for i, o in pairs:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockCall
 from tokencache_compile.opaque_modules import on_grid, per_token, register
+from tokencache_compile.passes.batch_axis import without_batch_axis
 from tokencache_compile.passes.capture import first_line, recording, replaced_forward
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
@@ -64,7 +65,8 @@ def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
 def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
     args, kwargs = pytree.tree_unflatten([v.detach().contiguous() if isinstance(v, Tensor) else v for v in call.leaves], call.in_spec)
     # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
-    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    no_duck_shaping = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with torch.no_grad(), no_duck_shaping, replaced_forward(call.module, without_batch_axis(call)):
         return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
 
 
@@ -95,7 +97,7 @@ def _parts(call: BlockCall) -> list[BlockCall]:
     parts = {f"{call.fqn}.{name}": child for name, child in call.module.named_children()}
     calls: list[BlockCall] = []
     args, kwargs = pytree.tree_unflatten(list(call.leaves), call.in_spec)
-    with torch.no_grad(), recording(parts, calls):
+    with torch.no_grad(), replaced_forward(call.module, without_batch_axis(call)), recording(parts, calls):
         call.module(*args, **kwargs)
     return calls
 

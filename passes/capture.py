@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule
+from torch.fx.node import base_types
 from torch.utils import _pytree as pytree
 
 from tokencache_compile.calls import TIMESTEP_NAMES
 from tokencache_compile.errors import InputError, UnsupportedModelError
 from tokencache_compile.ir import BlockCall, Capture
+from tokencache_compile.passes.batch_axis import add_axis, drop_axis, with_batch_axis
 from tokencache_compile.passes.read_values import ReadValues, ValueNeededError
 
 
@@ -104,7 +106,7 @@ def _on_the_sample(
     again: list[BlockCall] = []
     with recording(candidates, again):
         model(**pytree.tree_unflatten(leaves, spec))
-    others = {call.fqn: call for call in again}
+    others = {call.fqn: with_batch_axis(call) if calls[0].flat_inputs else call for call in again}
     return tuple(
         call
         for call in calls
@@ -169,8 +171,9 @@ def _opaque(calls: tuple[BlockCall, ...]) -> Iterator[None]:
         spec = json.dumps({"block": index, "outputs": outputs})
 
         def forward(_: Any, *args: Any, **kwargs: Any) -> Any:
-            results = iter(block_op(_tensors((args, kwargs)), spec))
-            return pytree.tree_unflatten([next(results) if isinstance(o, Tensor) else o for o in call.outputs], call.out_spec)
+            results = iter(block_op(_tensors(add_axis(pytree.tree_leaves((args, kwargs)), call.flat_inputs)), spec))
+            outputs = [next(results) if isinstance(o, Tensor) else o for o in call.outputs]
+            return pytree.tree_unflatten(drop_axis(outputs, call.flat_outputs), call.out_spec)
 
         return forward
 
@@ -229,8 +232,8 @@ def _skeleton(exported: torch.export.ExportedProgram, num_inputs: int) -> GraphM
             else:
                 continue  # a constant argument (None, a flag): nothing reads it
             env[node].meta = dict(node.meta)
-        elif node.op == "output":
-            graph.output(tuple(env[value] if isinstance(value, torch.fx.Node) else value for value in _returned(exported)))
+        elif node.op == "output":  # without what the model leaves out: a tuple says None where an output class has no entry
+            graph.output(tuple(env[value] for value in _returned(exported) if value is not None))
         else:
             if node.op == "get_attr":  # the graph within an autocast region
                 root[node.target] = getattr(exported.graph_module, node.target)
@@ -250,10 +253,18 @@ def _arguments_of(kwargs: Mapping[str, Any]) -> list[str]:
     return [name for name, value in kwargs.items() for _ in _tensors(value)]
 
 
-def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """Positions of the tensors of the model's first argument among all tensors of the call."""
+def _sample_inputs(model: nn.Module, kwargs: Mapping[str, Any], result: Any) -> tuple[int, ...]:
+    """Positions of the sample's tensors among all tensors of the call.
+
+    The sample is the argument that has a tensor of the shape of the model's first output; where that is none, or several, the first.
+    """
     first = next(iter(inspect.signature(model.forward).parameters))
-    return tuple(position for position, name in enumerate(_arguments_of(kwargs)) if name == first)
+    arguments = _arguments_of(kwargs)
+    given = zip(arguments, _tensors(dict(kwargs)), strict=True)
+    shapes = [tensor.shape for tensor in _tensors(result)[:1]]
+    alike = [name for name, tensor in given if tensor.is_floating_point() and tensor.shape in shapes]
+    sample = first if first in alike else next(iter(alike), first)
+    return tuple(position for position, name in enumerate(arguments) if name == sample)
 
 
 def _answering_reads(kwargs: Mapping[str, Any], known: frozenset[int]) -> Callable[..., Any]:
@@ -331,6 +342,18 @@ def _export_for_values(
     ) from refusal
 
 
+def _check_arguments(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse objects that the model may read tensors from, or write them to, behind the graph's back."""
+    for name, value in kwargs.items():
+        for leaf in pytree.tree_leaves(value):
+            if leaf is not None and not isinstance(leaf, base_types):
+                raise UnsupportedModelError(
+                    type(model).__name__,
+                    f"its argument {name} is a {type(leaf).__name__}, which may hold tensors that its blocks read and write",
+                    "A step is a function of tensors and plain values: call the model without it, if it can be.",
+                )
+
+
 def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str] = frozenset()) -> Capture:
     """Capture ``model`` for the signature of ``kwargs``.
 
@@ -356,8 +379,10 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
         except Exception as error:
             raise InputError(f"{type(model).__name__} itself refused this call ({', '.join(kwargs)}): {error}") from error
-        sample = _sample_inputs(model, kwargs)
-        kept = _on_the_sample(model, kwargs, sample, candidates, tuple(call for call in calls if _keeps_a_stream(call)))
+        sample = _sample_inputs(model, kwargs, result)
+        streaming = tuple(call for call in calls if _keeps_a_stream(call)) or tuple(filter(_keeps_a_stream, map(with_batch_axis, calls)))
+        kept = _on_the_sample(model, kwargs, sample, candidates, streaming)
+        _check_arguments(model, kwargs)
         if not kept:
             raise UnsupportedModelError(
                 type(model).__name__,

@@ -29,6 +29,7 @@ _READS = {
     Tensor.item,
     Tensor.tolist,
 }
+_REPEATING = {torch.repeat_interleave, Tensor.repeat_interleave}
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 _TAKING_SIZES = {Tensor.expand, Tensor.repeat, Tensor.reshape, Tensor.view}
 
@@ -80,9 +81,10 @@ class ReadValues(TorchFunctionMode):
             args = (args[0], self._static_index(args[1]), *args[2:])
         if func in _TAKING_SIZES:
             args = (args[0], *pytree.tree_map(self._number, args[1:]))
-        result = func(*args, **kwargs)
-        self._follow(func, args, kwargs, result)
-        return result
+        if func in _REPEATING and isinstance(args[1], Tensor) and "dim" in kwargs and (counts := self._read(args[1])) is not None:
+            rows = _on_values(torch.repeat_interleave, (counts,), {})  # which row stands where
+            func, args, kwargs = torch.index_select, (args[0], kwargs["dim"], rows), {}
+        return self._followed(func, args, kwargs, func(*args, **kwargs))
 
     def _origin(self, tensor: Tensor) -> _Origin:
         """Of a tensor that stands outside the trace (a table that a module keeps) the value is its own."""
@@ -98,25 +100,29 @@ class ReadValues(TorchFunctionMode):
             raise ValueNeededError(origin.positions)
         return origin.value
 
-    def _follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note the origin of what ``func`` returned, and of what it wrote to."""
+    def _followed(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """Note the origin of what ``func`` returned, and of what it wrote to; returns the value where its shape follows from values."""
         outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         writes = func is Tensor.__setitem__
         if not outputs and not writes:
-            return
+            return result
         origins = [self._origin(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         positions = frozenset().union(*(origin.positions for origin in origins))
         values: list[Tensor | None] = [None] * len(outputs)
         if all(origin.value is not None for origin in origins):
             known_args, known_kwargs = pytree.tree_map_only(Tensor, lambda tensor: self._origin(tensor).value, (args, kwargs))
             found = _on_values(func, known_args, known_kwargs)
-            values = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+            known = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+            values = [*known]
+            if any(not isinstance(size, int) for output in outputs for size in output.shape):  # masks and counts that are expanded
+                outputs, values, result = known, [_copy(value) for value in known], found
             if writes:
                 outputs, values = [args[0]], [known_args[0]]
         elif writes:
             outputs, values = [args[0]], [None]
         for output, value in zip(outputs, values, strict=True):
             self._origins[output] = _Origin(positions, value)
+        return result
 
     def _static_index(self, index: Any) -> Any:
         """An index without reads: numbers for tensors in slices, positions for masks."""

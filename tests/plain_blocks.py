@@ -156,7 +156,7 @@ class PlainBlocks:
         """Its position among inputs and outputs, and its token axis: the second, or (tokens first) the first."""
         for size, axis in product(sorted(sizes), (1, 0)):
             for o, out in enumerate(outputs):
-                if isinstance(out, Tensor) and out.dim() == 3 and out.shape[axis] == size:
+                if isinstance(out, Tensor) and out.dim() in (2, 3) and out.shape[axis] == size:
                     return next(i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.shape == out.shape), o, axis
         raise AssertionError(f"no stream of {sorted(sizes)} tokens")
 
@@ -184,20 +184,25 @@ class PlainBlocks:
         i, o = before.stream
         leaves, spec = pytree.tree_flatten((args, kwargs))
         stream = leaves[i]
-        now = self._run_on_all(block, forward, args, kwargs)[0] if self.context == "full" else before
+        now = self._run_on_all(block, forward, args, kwargs)[0] if self.context in ("full", "cached") else before
         few = [self._gather(leaf, before.others, kept) for leaf in leaves]
         if self.grid:
             sizes = [leaf if isinstance(leaf, int) else None for leaf in leaves]
             first = next(i for i in range(len(sizes)) if sizes[i : i + len(self.grid)] == self.grid)
             few[first : first + len(self.grid)] = [1] * (len(self.grid) - 1) + [len(kept)]
         few_args, few_kwargs = pytree.tree_unflatten(few, spec)
-        seeing = attention_replaced(lambda sdpa, number: self._seeing(sdpa, now.attention[number], before.others, kept))
+        whole = [self._on_all(old, new) for old, new in zip(before.attention, now.attention, strict=True)]
+        seeing = attention_replaced(lambda sdpa, number: self._seeing(sdpa, whole[number], before.others, kept))
         with seeing, self._modules_replaced(block, before, kept), self._on_whole_grid(block, before, kept):
             outputs, out_spec = pytree.tree_flatten(forward(*few_args, **few_kwargs))
         moved = stream + before.update
         rows = self._rows(stream.shape[before.axis], before.others, kept)
         outputs[o] = moved.index_copy(before.axis, rows, outputs[o])
         return pytree.tree_unflatten(outputs, out_spec)
+
+    def _on_all(self, before: tuple[Any, ...], now: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the kept tokens' attention sees of all tokens: under ``cached`` keys and values are the I-step's, the mask is today's."""
+        return (*before[:3], now[3], before[4]) if self.context == "cached" else now
 
     def _seeing(self, sdpa: Sdpa, everything: tuple[Any, ...], others: set[int], kept: Tensor) -> Sdpa:
         """The attention of the kept tokens, in the context asked for; ``everything``: the same call on all tokens."""

@@ -21,7 +21,10 @@ StepKind = Literal["I", "P"]
 
 @dataclass(frozen=True)
 class BlockCall:
-    """One call of one block, as the eager model made it: its arguments flattened by ``torch.utils._pytree``."""
+    """One call of one block, as the eager model made it: its arguments flattened by ``torch.utils._pytree``.
+
+    ``flat_inputs`` and ``flat_outputs``: positions of streams that the block itself takes and returns without a batch axis.
+    """
 
     fqn: str
     module: torch.nn.Module
@@ -29,6 +32,8 @@ class BlockCall:
     in_spec: Any
     outputs: tuple[Any, ...]
     out_spec: Any
+    flat_inputs: frozenset[int] = frozenset()
+    flat_outputs: frozenset[int] = frozenset()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

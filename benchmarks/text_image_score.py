@@ -69,11 +69,12 @@ class TextImageScore:
         optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
-            pick, view = torch.randperm(len(seen))[:BATCH], torch.randint(VIEWS, (BATCH,))
+            pick = torch.randperm(len(seen))[:BATCH]
+            view = torch.randint(VIEWS, pick.shape)
             pictures = nn.functional.normalize(self.picture_head(nn.functional.dropout(rows[view, pick], 0.3)), dim=-1)
             captions = nn.functional.normalize(self.text_head(self.text[seen[pick]]), dim=-1)
             logits = temperature.exp() * pictures @ captions.T
-            own = torch.arange(BATCH)
+            own = torch.arange(len(pick))
             loss = nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)
             optimizer.zero_grad()
             loss.backward()

@@ -93,7 +93,7 @@ designers, 32×32 pixels (Google's Noto, Apache-2.0; Twemoji by Twitter, Inc and
 
 ## Uncached and cached
 
-{settings["steps"]} DPM-Solver++ steps through `PixArtAlphaPipeline`, {uncached["samples"]:,} samples a row: every caption with {uncached["samples"] // settings["pairs"]} noises, the same in every row; ± is the standard deviation between noises.
+{settings["steps"]} DPM-Solver++ steps through `PixArtAlphaPipeline` in bfloat16, {uncached["samples"]:,} samples a row: every caption with {uncached["samples"] // settings["pairs"]} noises, the same in every row; ± is the standard deviation between noises.
 
 {_table(head, rows)}
 

@@ -14,9 +14,9 @@ UNCACHED, CACHED, FEWER = "uncached", "cached", "fewer steps"
 
 
 def named(settings: dict[str, Any]) -> str:
-    """ "every 3, ratio 0.8, forecast 1, change" """
+    """ "I-steps 0 3 6 9, ratio 0.8, forecast 1, change" """
     more = [str(settings[name]) for name in ("context", "scorer") if name in settings]
-    return ", ".join([f"every {settings['every']}", f"ratio {settings['ratio']:g}", f"forecast {settings['forecast']}", *more])
+    return ", ".join([f"I-steps {' '.join(map(str, settings['full']))}", f"ratio {settings['ratio']:g}", f"forecast {settings['forecast']}", *more])
 
 
 def contact_sheet(emoji: Emoji, runs: dict[str, Tensor], columns: int = 13, zoom: int = 2) -> Image.Image:

@@ -39,7 +39,7 @@ SCHEDULER_CONFIG = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, log and averaged weights.")],
-    images: Annotated[int, typer.Option(help="Training images in total.")] = 250_000,
+    images: Annotated[int, typer.Option(help="Training images in total.")] = 320_000,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 32,
     peak_lr: Annotated[float, typer.Option(help="Learning rate of the plateau.")] = 1e-3,
     ema_decay: Annotated[float, typer.Option(help="Decay of the weight average a step.")] = 0.999,

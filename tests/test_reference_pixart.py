@@ -21,7 +21,8 @@ from tokencache_compile.metrics import psnr
 
 FOLDER = Path(tc.__file__).parent / "reference" / "pixart"
 SCHEDULER: dict[str, Any] = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
-STEPS, CAPTIONS = 12, ("red apple, twitter style", "green apple, twitter style", "watermelon, twitter style")
+LATE = tc.Schedule(full=(0, 3, 6, 9, 11, 13, 15, 17, 18, 19))  # the best of benchmarks/judge_pixart.py
+STEPS, CAPTIONS = 20, ("red apple, twitter style", "green apple, twitter style", "watermelon, twitter style")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def test_captions_are_followed_and_caching_keeps_the_images(pipe: Any) -> None:
     red, green, melon = uncached[:, :, 10:26, 8:24].mean((2, 3))  # the colours in the middle
     assert red[0] > red[1] + 0.5 and green[1] > green[0] + 0.2 and melon[0] > melon[2]
     assert bool((uncached[:, :, 0, 0] > 0.9).all()), "the corner is white"
-    cached = draw(pipe, tc.CacheConfig(ratio=0.9, forecast=1, selection="pair", schedule=tc.Schedule(2)))
+    cached = draw(pipe, tc.CacheConfig(ratio=0.95, forecast=1, selection="pair", schedule=LATE))
     summary = pipe.transformer.summary()
-    assert summary.cached_steps == STEPS // 2 and summary.macs < 0.6 * summary.macs_uncached
+    assert summary.cached_steps == STEPS - 10 and summary.macs < 0.6 * summary.macs_uncached
     closeness = psnr(cached, uncached)
-    assert closeness > 15 and closeness > psnr(cached.roll(1, 0), uncached) + 6, "nearer to its own image than to another caption's"
+    assert closeness > 30 and closeness > psnr(cached.roll(1, 0), uncached) + 6, "nearer to its own image than to another caption's"
 
 
 def archive(path: Path, files: dict[str, bytes]) -> None:

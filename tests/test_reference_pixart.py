@@ -43,7 +43,7 @@ def draw(pipe: Any, config: tc.CacheConfig) -> Tensor:
     images: Tensor = tc.transform(pipe, config=config, backend="eager")(
         prompt_embeds=states[rows], prompt_attention_mask=mask[rows], negative_prompt=None, negative_prompt_embeds=states[null],
         negative_prompt_attention_mask=mask[null], latents=torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
-        height=256, width=256, num_inference_steps=STEPS, guidance_scale=3.0, output_type="latent", use_resolution_binning=False,
+        height=256, width=256, num_inference_steps=STEPS, guidance_scale=2.0, output_type="latent", use_resolution_binning=False,
     ).images.clamp(-1, 1)  # fmt: skip
     return images
 

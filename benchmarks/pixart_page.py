@@ -88,12 +88,12 @@ Written by `python benchmarks/judge_pixart.py`; do not edit.
 trained by `benchmarks/train_pixart.py` on one CPU core with {settings["training"]["images"]:,} images shown. Data: {settings["concepts"]} concepts of food and drink, each drawn by three
 designers, 32×32 pixels (Google's Noto, Apache-2.0; Twemoji by Twitter, Inc and other contributors, CC-BY-4.0; Microsoft's Fluent, MIT); captions such as "hot dog, fluent style", encoded by MiniLM (12 token states, masked). Of the {settings["pairs"]} (concept, style) pairs
 {settings["held_out"]} were held out: the model saw their concept in the two other styles only. v-prediction, {settings["training"]["caption_dropout"]:.0%} of the captions empty, guidance {settings["guidance"]:g}.
-The run was lengthened twice when time allowed (planned for 130,000, then 250,000 images), so its learning rate rose again at 130,000 and 207,000; an uninterrupted one would do as well or better.
+The run was lengthened twice when time allowed (planned for 130,000, then 250,000 images), so its learning rate rose again at 130,000 and 207,000.
 
 ![Real pictures and samples](text_to_image.png)
 
 Captions of training give the picture they are of. Of the held-out ones some are plain (burrito, tangerine, strawberry, waffle, shaved ice), some show neither concept nor style (spoon, bowl with
-spoon, ginger root): 130 concepts are few to learn styles from.
+spoon, ginger root).
 
 ## Uncached and cached
 

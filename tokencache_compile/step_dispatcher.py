@@ -122,6 +122,7 @@ class _Counts:
     full: int = 0
     cached: int = 0
     macs: int = 0
+    macs_uncached: int = 0
     recomputed: tuple[int, ...] = ()
     compiled: Compiled | None = None
     cache_bytes: int = 0
@@ -189,8 +190,11 @@ class StepDispatcher(nn.Module, ABC):
         self.reset()
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Calls inside belong to guidance branch ``name``; diffusers' pipelines enter ``"cond"`` and ``"uncond"``."""
+    def cache_context(self, name: str, **place: Any) -> Iterator[None]:
+        """Calls inside belong to guidance branch ``name``; diffusers' pipelines enter ``"cond"`` and ``"uncond"``.
+
+        ``place`` is what some pipelines tell of the step (``step_index``, ``sigma`` …); the timesteps tell that themselves.
+        """
         before = getattr(self._local, "context", None)
         self._local.context = name
         try:
@@ -283,18 +287,18 @@ class StepDispatcher(nn.Module, ABC):
         counts.full += full
         counts.cached += not full
         counts.macs += macs
+        counts.macs_uncached += compiled.steps.macs_full
         if kept:
             counts.recomputed = tuple(a + b for a, b in zip(counts.recomputed or (0,) * len(kept), kept, strict=True))
-        counts.cache_bytes = len(request.branches) * sum(spec.nbytes for spec in compiled.steps.caches)
+        counts.cache_bytes = sum(cache.nbytes for state in request.branches.values() for cache in state.caches)
 
     def summary(self) -> Summary:
         """Counts of this thread's current request, or of its last one; works in the middle of a run."""
         counts: _Counts = getattr(self._local, "counts", _Counts())
         if counts.compiled is None:
             return Summary(0, 0, (), 0, 0, 0, 0)
-        steps = counts.compiled.steps
-        uncached = steps.macs_full * (counts.full + counts.cached)
-        return Summary(counts.full, counts.cached, counts.recomputed, steps.plan.tokens, counts.cache_bytes, counts.macs, uncached)
+        tokens = counts.compiled.steps.plan.tokens
+        return Summary(counts.full, counts.cached, counts.recomputed, tokens, counts.cache_bytes, counts.macs, counts.macs_uncached)
 
     def prepare(self, example_inputs: Mapping[str, Any]) -> None:
         """Make ready for the signature of ``example_inputs`` (keyword arguments of one call) ahead of time: capture, compile, warm up."""

@@ -212,6 +212,15 @@ def _() -> tuple[Pipeline, Given]:
     return pipe, text_given(height=32, width=40, true_cfg_scale=4.0)
 
 
+@pipeline("Z-Image")
+def _() -> tuple[Pipeline, Given]:
+    encoder = {"tokenizer": tokenizer(), "text_encoder": llama(24)}
+    encoder["tokenizer"].chat_template = "{{ messages[0]['content'] }}"
+    vae = image_vae(16, shift_factor=0.06)
+    pipe = made("ZImagePipeline", "ZImageTransformer2DModel", vae, FlowMatchEulerDiscreteScheduler(), **encoder)
+    return pipe, text_given(max_sequence_length=WORDS)
+
+
 # --- from an image, or steered by one: with the components of a text-to-image pipeline ------------------------------------
 
 

@@ -72,8 +72,8 @@ def test_pipeline(name: str) -> None:
     reports = reports_of(pipe.transformer)
     got = run(pipe, given)
     assert [(r.kind, r.step, r.branch) for r in reports] == [(*step, branch) for step in steps for branch in branches]
-    sample = pipe.transformer.captured().call.leaves[0].spec
-    assert sample is not None and sample.shape[0] == (2 if len(branches) == 1 else 1), "both halves of guidance, or a call for each"
+    (time,) = (leaf.spec for leaf in pipe.transformer.captured().call.leaves if leaf.path in ("timestep", "t"))
+    assert time is not None and time.shape == (2 if len(branches) == 1 else 1,), "both halves of guidance, or a call for each"
     plan, summary = pipe.transformer.plan, pipe.transformer.summary()
     assert {kept for r in reports if r.kind == "P" for kept in r.kept} == {round(0.1 * plan.tokens)}
     assert (summary.full_steps, summary.cached_steps) == (2 * len(branches), (len(steps) - 2) * len(branches))

@@ -326,6 +326,28 @@ def test_a_second_order_scheduler(model: Model) -> None:
     assert [(r.kind, r.step, r.branch) for r in reports] == 2 * [("P" if n % 4 else "I", n, "branch 0") for n in range(11)]
 
 
+@pytest.mark.parametrize("stop_at", [None, 1, 4])
+def test_a_time_that_rises(model: Model, stop_at: int | None) -> None:
+    """Z-Image's runs from 0 to 1: of a watched scheduler, the run goes on all the same, also after an aborted one."""
+    dispatcher, scheduler = watched(model)
+    call, reports = call_of(dispatcher, conditions("dit")), kinds(dispatcher)
+
+    def rising(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
+        return call(step, x, 999 - timesteps)
+
+    if stop_at is not None:
+        scheduler.set_timesteps(STEPS)
+        with pytest.raises(Stop):
+            ddim(lambda n, x, t: rising(n, x, t) if n < stop_at else _stop(), sample(seed=5), STEPS, scheduler)
+    runs = []
+    for _ in range(2):
+        reports.clear()
+        scheduler.set_timesteps(STEPS)
+        runs.append(ddim(rising, sample(), STEPS, scheduler))
+        assert [(r.kind, r.step) for r in reports] == [("P" if step % 4 else "I", step) for step in range(STEPS)]
+    assert same_bits(*runs)
+
+
 # --- guidance -------------------------------------------------------------------------------------------------------
 
 

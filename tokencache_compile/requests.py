@@ -5,7 +5,8 @@ A request is one run of a sampler. Two sources tell where one begins:
 - a :class:`SchedulerWatch`, where the sampler's scheduler is known: ``set_timesteps`` begins a request, in the thread that
   calls it, and names every step of it. This is exact, also after an aborted run.
 - the timesteps alone: one that rises, or a sample of another shape, dtype or device, begins a request; one that repeats with the
-  same sample is the next guidance branch of that step, and with another sample a new request.
+  same sample is the next guidance branch of that step, and with another sample a new request. Some models' time rises in a run
+  (Z-Image: from 0, all noise, to 1); that is told apart only where the scheduler is known, for it then marks the begin.
 
 A branch has its own signature: prompt and negative prompt may differ in length. A branch whose signature changes begins a request.
 
@@ -76,13 +77,21 @@ class BranchState:
 
 @dataclass
 class Request:
-    """One run of a sampler in one thread; ``signatures`` are those of its branches."""
+    """One run of a sampler in one thread.
+
+    Attributes:
+        position: of the timestep in the watched schedule; None for a timestep of another scale.
+        rises: whether timesteps rise, known from the second one on.
+        seen: branches that were called at this timestep.
+        signatures: of the branches.
+    """
 
     marker: object | None
     timestep: float
     sample: Tensor
     step: int
     position: int | None
+    rises: bool | None = None
     seen: list[str] = field(default_factory=list)
     signatures: dict[str, Hashable] = field(default_factory=dict)
     branches: dict[str, BranchState] = field(default_factory=dict)
@@ -134,7 +143,10 @@ class RequestTracker:
             return True
         if position is not None and request.position is not None:
             return position < request.position
-        return timestep > request.timestep
+        if timestep == request.timestep:
+            return False
+        rises = timestep > request.timestep
+        return rises and marker is None if request.rises is None else rises != request.rises
 
     def _new(
         self, signature: Hashable, marker: object | None, timestep: float, sample: Tensor, position: int | None, context: str | None
@@ -148,6 +160,8 @@ class RequestTracker:
         if request.position is None:
             position = None  # not a run of the watched schedule, though single timesteps may coincide: it is counted to its end
         request.step = position if position is not None else request.step + 1
+        if timestep != request.timestep:
+            request.rises = timestep > request.timestep
         request.timestep, request.sample, request.position, request.seen = timestep, sample.clone(), position, []
 
     @staticmethod

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -220,7 +221,7 @@ class StepDispatcher(nn.Module, ABC):
         try:
             before = self._tracker.current
             context = getattr(self._local, "context", None)
-            request, branch = self._tracker.place(signature, timestep, call[self._sample_name].detach(), context)
+            request, branch = self._tracker.place(signature, timestep, _sample(call[self._sample_name]), context)
             compiled = self._lookup(signature, call, begins=branch not in request.branches)
             if request is not before:
                 self._local.counts = _Counts(compiled=compiled)
@@ -228,7 +229,10 @@ class StepDispatcher(nn.Module, ABC):
         except BaseException:
             self.reset()
             raise
-        return tuple(outputs) if as_tuple else compiled.rebuild(outputs)
+        result = compiled.rebuild(outputs)
+        if not as_tuple:
+            return result
+        return result.to_tuple() if isinstance(result, BaseOutput) else tuple(outputs)
 
     @staticmethod
     def _signature_of(call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
@@ -242,8 +246,8 @@ class StepDispatcher(nn.Module, ABC):
 
     def _check_values(self, call: Mapping[str, Any], tensors: list[Tensor]) -> float:
         """The call's timestep, after refusing what must not enter a cache. One read from the device."""
-        timestep, sample = call[self._timestep_name], call[self._sample_name]
-        if not isinstance(timestep, Tensor) or not isinstance(sample, Tensor):
+        timestep, samples = call[self._timestep_name], _tensors(call[self._sample_name])
+        if not isinstance(timestep, Tensor) or not samples:
             wrong = self._timestep_name if not isinstance(timestep, Tensor) else self._sample_name
             raise InputError(
                 f"{wrong}={call[wrong]!r} ({type(call[wrong]).__name__}) was given; a torch tensor is needed, as the model itself needs it."
@@ -255,7 +259,7 @@ class StepDispatcher(nn.Module, ABC):
         self._check_source()
         floats = [t for t in tensors if t.is_floating_point()]
         reads = [timestep.detach().flatten()[:1].float(), *(t.isnan().any().float().reshape(1) for t in floats)]
-        value, *nans = torch.cat([read.to(sample.device) for read in reads]).tolist()  # a timestep may be on another device
+        value, *nans = torch.cat([read.to(samples[0].device) for read in reads]).tolist()  # a timestep may be on another device
         if any(nans):
             names = [name for name, leaf in call.items() if any(t.is_floating_point() and bool(t.isnan().any()) for t in _tensors(leaf))]
             raise InputError(
@@ -305,7 +309,7 @@ class StepDispatcher(nn.Module, ABC):
         signature, call = self._accept(example_inputs)
         compiled = self._lookup(signature, call, begins=True)
         _, tensors = self._signature_of(call)
-        device = call[self._sample_name].device
+        device = _sample(call[self._sample_name]).device
         for engine in (compiled.full, *compiled.cached):
             extras = compiled.steps.step_inputs(0, device)
             with GATE.step():
@@ -322,3 +326,10 @@ class StepDispatcher(nn.Module, ABC):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _sample(value: Any) -> Tensor:
+    """The sample, by which calls are told apart; a list of samples (Z-Image) as one row of all their values."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return torch.cat([tensor.detach().flatten() for tensor in _tensors(value)])

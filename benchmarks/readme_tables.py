@@ -48,7 +48,7 @@ def settings() -> str:
     paper = {"context": "kept", "forecast": 0, "history": "computed"}
     rows = []
     for row in sorted(result["rows"], key=lambda r: -r["margin_db"]):
-        changed = {k: v for k, v in row["config"].items() if v != BASE[k]}
+        changed = {k: v for k, v in row["config"].items() if v != BASE.get(k)}
         if len(changed) > 1 and not (changed.keys() <= {"ratio", "last_k", "every"} or changed == paper):
             continue
         name = ", ".join(f"{k}={v}" for k, v in changed.items()) or "**defaults**"

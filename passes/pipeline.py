@@ -12,6 +12,7 @@ from torch import nn
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
 from tokencache_compile.passes.analysis import analyse
+from tokencache_compile.passes.budget import fit_budget
 from tokencache_compile.passes.cached_step import make_cached
 from tokencache_compile.passes.capture import block_lists, capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
@@ -71,7 +72,7 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
 
 
 def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
-    """Plan → fold → I-step and P-steps, verified after each.
+    """Plan → budget → fold → I-step and P-steps, verified after each.
 
     A model on the meta device gives the same graphs and MACs; what compares values is left out, as there are none.
 
@@ -88,6 +89,7 @@ def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, pred
         shapes = {n: tuple(program.tensors[f"{first.fqn}.{n}"].shape) for n in names}
         predictor.check_fits(stream.channels, len(program.blocks), shapes)
     caching = plan.config.ratio > 0
+    plan = fit_budget(program, plan) if caching else plan
     has_values = stream.device.type != "meta"
     if caching and plan.config.context != "kept" and has_values:
         verify_context(program, captured, plan)

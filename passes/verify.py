@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 
 from tokencache_compile.errors import InvariantError, UnsupportedModelError
-from tokencache_compile.ir import BlockProgram, Capture, StepProgram
+from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
 from tokencache_compile.macs import MacCounter
+from tokencache_compile.passes.caches import unit_caches
 from tokencache_compile.passes.capture import BLOCK_OP
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.regions import cached_region
@@ -92,7 +94,8 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
         for position in (roles.stream_input, *(c.input for c in roles.companions)):
             tensors[position] = torch.randn(tensors[position].shape, generator=draw).to(tensors[position])
         weights = [program.tensors[name] for name in block.weight_fqns(body)]
-        region = cached_region(body, config, stream, kept, ()).graph_module
+        (caches,) = unit_caches(program, replace(plan, config=config), [CacheUnit(block.index, block.index, False)])
+        region = cached_region(body, config, stream, kept, caches).graph_module
         with torch.no_grad():
             expected = body.graph_module(*weights, *tensors)
             got = region(*weights, *tensors, index, torch.zeros_like(tensors[roles.stream_input]))

@@ -242,11 +242,17 @@ class CacheUnit:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One cache tensor: an explicit input and output of every step graph. ``fill`` is its value in a new request."""
+    """One cache tensor: an explicit input and output of every step graph.
+
+    Attributes:
+        dtype: what it is stored in; ``computed`` is what its values are computed in.
+        fill: its value in a new request.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    computed: torch.dtype
     fill: float = 0.0
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tokencache_compile.call_format import CallFormat
 from tokencache_compile.engine import make_engines
@@ -84,7 +85,8 @@ class Dispatcher(StepDispatcher):
             return self._compiled[signature]
 
     def _compile(self, call: dict[str, Any]) -> Captured:
-        with GATE.capture():
+        # A mode of the caller's, such as a FLOP counter, is meant for the steps that run, and export cannot trace under it.
+        with GATE.capture(), _disable_current_modes():
             steps = build_steps(self.model, call, self.cache_config, self.predictor)
         full, *cached = make_engines(self.backend, steps)
         rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)

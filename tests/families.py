@@ -364,7 +364,8 @@ def _() -> tuple[Given, Given]:
 
 @family("AllegroTransformer3DModel", "transformer_allegro")
 def _() -> tuple[Given, Given]:
-    config = {**PAIR, **LATENT, "num_layers": 3, "cross_attention_dim": 32, "sample_width": 10, "sample_height": 8, "sample_frames": 8}
+    config = {**LATENT, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3, "cross_attention_dim": 24}
+    config |= {"sample_width": 10, "sample_height": 8, "sample_frames": 8}
     return {**config, "caption_channels": 24}, {
         "hidden_states": r(B, 4, 2, 8, 10),
         "encoder_hidden_states": r(B, S, 24),

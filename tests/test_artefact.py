@@ -464,7 +464,7 @@ def test_listed_names(folder: Path, model: Model) -> None:
         ({"schedule": {"every": 2, "full": [1, 2]}}, r"\.schedule: full=\(1, 2\)"),
         ({"schedule": {"every": 2}}, r"\.schedule has every for a Schedule; exactly every, full are needed"),
         ({"schedule": None}, r"\.schedule is None, where an object is needed"),
-        ({"speed": 2}, r" has context, .*speed for a CacheConfig; exactly"),
+        ({"speed": 2}, r" has cache_dtype, .*speed for a CacheConfig; exactly"),
     ],
 )
 def test_settings_that_are_invalid(change: dict[str, Any], reason: str, folder: Path, model: Model) -> None:
@@ -476,7 +476,7 @@ def test_a_setting_that_is_missing(folder: Path, model: Model) -> None:
     config = manifest(folder)["config"]
     del config["ratio"]
     edit(folder, config=config)
-    refused(folder, model, r"for a CacheConfig; exactly context, .*ratio.* are needed")
+    refused(folder, model, r"for a CacheConfig; exactly cache_dtype, .*ratio.* are needed")
 
 
 def test_settings_and_files_that_do_not_agree(folder: Path, model: Model) -> None:

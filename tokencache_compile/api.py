@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from tokencache_compile.artefact import CacheArtefact, load_lora
 from tokencache_compile.engine import check_backend
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.ir import LowRankUpdate
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
 from tokencache_compile.requests import SchedulerWatch
@@ -39,7 +40,8 @@ def transform(
     Args:
         model: a transformer (``nn.Module`` with a ``timestep`` argument), or a diffusers pipeline that has one.
         plan: the ratio, all settings at once, or what calibration made: a :class:`CacheArtefact`, its directory or its hub id.
-            An artefact brings its settings, predictor and adapter; ``ratio`` and ``settings`` still change single settings.
+            An artefact brings its settings, predictor and adapter (LoRA, which acts in P-steps); ``ratio`` and ``settings`` still change
+            single settings.
         ratio: share of the cached blocks' tokens that a P-step does not recompute, in [0, 1].
         config: all settings at once; see :class:`CacheConfig`. ``ratio`` and ``settings`` change single ones.
         predictor: scores tokens instead of the training-free scorer.
@@ -95,12 +97,11 @@ def transform(
             f"scorer={settings_now.scorer!r} and {'a' if predictor is not None else 'no'} predictor were given. "
             'Pass predictor=CachePredictor(...) together with scorer="predictor", or neither.'
         )
-    if artefact is not None and artefact.lora_path is not None:
-        load_lora(transformer, artefact.lora_path)
+    lora = load_lora(transformer, artefact.lora_path) if artefact is not None and artefact.lora_path is not None else ()
     if model is transformer:
-        return _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs)
+        return _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs, lora)
     scheduler = scheduler or getattr(model, "scheduler", None)
-    dispatcher = _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs)
+    dispatcher = _dispatcher(transformer, settings_now, backend, predictor, scheduler, example_inputs, lora)
     _install(model, dispatcher)
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     return model
@@ -154,11 +155,12 @@ def _dispatcher(
     predictor: CachePredictor | None,
     scheduler: Any,
     example_inputs: Mapping[str, Any] | None,
+    lora: Sequence[LowRankUpdate],
 ) -> Dispatcher:
     watch = SchedulerWatch()
     if scheduler is not None:
         watch.attach(scheduler)
-    dispatcher = Dispatcher(model, config, backend, predictor, watch)
+    dispatcher = Dispatcher(model, config, backend, predictor, watch, lora)
     if example_inputs is not None:
         dispatcher.prepare(example_inputs)
     return dispatcher

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from tokencache_compile.call_format import CallFormat
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
+from tokencache_compile.ir import LowRankUpdate
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
@@ -47,11 +48,18 @@ class Dispatcher(StepDispatcher):
     """
 
     def __init__(
-        self, model: nn.Module, config: CacheConfig, backend: str, predictor: CachePredictor | None, watch: SchedulerWatch
+        self,
+        model: nn.Module,
+        config: CacheConfig,
+        backend: str,
+        predictor: CachePredictor | None,
+        watch: SchedulerWatch,
+        lora: Sequence[LowRankUpdate] = (),
     ) -> None:
         super().__init__(type(model).__name__, inspect.signature(model.forward), watch)
         self.model = model
         self.predictor = predictor
+        self.lora = lora
         self.cache_config = config
         self.backend = backend
         self._compiled: dict[Hashable, Captured] = {}
@@ -85,7 +93,7 @@ class Dispatcher(StepDispatcher):
 
     def _compile(self, call: dict[str, Any]) -> Captured:
         with GATE.capture():
-            steps = build_steps(self.model, call, self.cache_config, self.predictor)
+            steps = build_steps(self.model, call, self.cache_config, self.predictor, self.lora)
         full, *cached = make_engines(self.backend, steps)
         rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)
         call_format = CallFormat.of(self._signature, call, steps.program.input_names)

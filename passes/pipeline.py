@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tokencache_compile.errors import UnsupportedModelError
-from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
+from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, LowRankUpdate, StepProgram
 from tokencache_compile.passes.analysis import analyse
 from tokencache_compile.passes.budget import fit_budget
 from tokencache_compile.passes.cached_step import make_cached
@@ -18,6 +18,7 @@ from tokencache_compile.passes.capture import block_lists, capture
 from tokencache_compile.passes.fold_skipped import fold_skipped
 from tokencache_compile.passes.full_step import make_full
 from tokencache_compile.passes.groups import find_groups
+from tokencache_compile.passes.low_rank import with_updates
 from tokencache_compile.passes.outline import outline
 from tokencache_compile.passes.samples_first import samples_first
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_context, verify_step
@@ -76,8 +77,14 @@ def analysed(model: nn.Module, kwargs: Mapping[str, Any]) -> tuple[BlockProgram,
             return replace(program, provenance=(*notes, *program.provenance)), captured
 
 
-def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
-    """Plan → budget → fold → I-step and P-steps, verified after each.
+def steps_of(
+    program: BlockProgram,
+    captured: Capture,
+    config: CacheConfig,
+    predictor: CachePredictor | None,
+    lora: Sequence[LowRankUpdate] = (),
+) -> StepPrograms:
+    """Plan → budget → fold → I-step and P-steps, verified after each. ``lora``: of the last K blocks, in P-steps only.
 
     A model on the meta device gives the same graphs and MACs; what compares values is left out, as there are none.
 
@@ -101,7 +108,8 @@ def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, pred
     units = fold_skipped(program, plan) if caching else ()
     extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
     full = make_full(program, plan, units, extras)
-    cached = tuple(make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
+    refined = with_updates(program, lora, plan.num_cached) if lora and caching else program
+    cached = tuple(make_cached(refined, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
     random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
     spec, read = captured.output_spec, captured.read_inputs
@@ -112,7 +120,13 @@ def steps_of(program: BlockProgram, captured: Capture, config: CacheConfig, pred
     return steps
 
 
-def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig, predictor: CachePredictor | None) -> StepPrograms:
+def build_steps(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    config: CacheConfig,
+    predictor: CachePredictor | None,
+    lora: Sequence[LowRankUpdate] = (),
+) -> StepPrograms:
     """Every pass in order: :func:`analysed`, then :func:`steps_of`.
 
     Args:
@@ -121,4 +135,4 @@ def build_steps(model: nn.Module, kwargs: Mapping[str, Any], config: CacheConfig
     Raises:
         InputError, UnsupportedModelError, ConfigError: see the passes.
     """
-    return steps_of(*analysed(model, kwargs), config, predictor)
+    return steps_of(*analysed(model, kwargs), config, predictor, lora)

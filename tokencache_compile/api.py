@@ -44,7 +44,8 @@ def transform(
         model: a transformer (``nn.Module`` with a ``timestep`` argument), or a diffusers pipeline with a ``transformer``, a
             ``transformer_2`` or both; each is transformed by itself and begins its own part of a run with an I-step.
         plan: the ratio, all settings at once, or what calibration made: a :class:`CacheArtefact`, its directory or its hub id.
-            An artefact brings its settings, predictor and adapter; ``ratio`` and ``settings`` still change single settings.
+            An artefact brings its settings, predictor and adapter (LoRA, which acts in P-steps); ``ratio`` and ``settings`` still change
+            single settings.
             For a pipeline also one plan a component, ``{"transformer": 0.9, "transformer_2": CacheConfig(...)}``; a component
             that is left out stays as it is. Steps count over the whole run of the sampler in every plan.
         ratio: share of the cached blocks' tokens that a P-step does not recompute, in [0, 1].
@@ -139,12 +140,11 @@ def _transformed(
             f"scorer={settings_now.scorer!r} and {'a' if predictor is not None else 'no'} predictor were given. "
             'Pass predictor=CachePredictor(...) together with scorer="predictor", or neither.'
         )
-    if artefact is not None and artefact.lora_path is not None:
-        load_lora(transformer, artefact.lora_path)
+    lora = load_lora(transformer, artefact.lora_path) if artefact is not None and artefact.lora_path is not None else ()
     watch = SchedulerWatch()
     if scheduler is not None:
         watch.attach(scheduler)
-    dispatcher = Dispatcher(transformer, settings_now, backend, predictor, watch)
+    dispatcher = Dispatcher(transformer, settings_now, backend, predictor, watch, lora)
     if example_inputs is not None:
         dispatcher.prepare(example_inputs)
     return dispatcher

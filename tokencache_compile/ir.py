@@ -234,6 +234,20 @@ class BlockProgram:
         return self.tensors.keys() == own.keys() and all(self.tensors[name] is tensor for name, tensor in own.items())
 
 
+@dataclass(frozen=True, eq=False)
+class LowRankUpdate:
+    """What an adapter (LoRA) adds to one linear of the model in P-steps: ``up · down · x``.
+
+    Attributes:
+        module: path of the linear.
+        down, up: [r, in] and [out, r], the adapter's scale included.
+    """
+
+    module: str
+    down: Tensor
+    up: Tensor
+
+
 @dataclass(frozen=True)
 class CacheUnit:
     """Consecutive blocks that share one cache: a single block, or a run that no P-step ever recomputes."""

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from tokencache_compile.call_format import CallFormat, values_digest
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
+from tokencache_compile.ir import LowRankUpdate
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
@@ -48,11 +49,18 @@ class Dispatcher(StepDispatcher):
     """
 
     def __init__(
-        self, model: nn.Module, config: CacheConfig, backend: str, predictor: CachePredictor | None, watch: SchedulerWatch
+        self,
+        model: nn.Module,
+        config: CacheConfig,
+        backend: str,
+        predictor: CachePredictor | None,
+        watch: SchedulerWatch,
+        lora: Sequence[LowRankUpdate] = (),
     ) -> None:
         super().__init__(type(model).__name__, inspect.signature(model.forward), watch)
         self.model = model
         self.predictor = predictor
+        self.lora = lora
         self.cache_config = config
         self.backend = backend
         self._compiled: dict[Hashable, Captured] = {}
@@ -100,7 +108,7 @@ class Dispatcher(StepDispatcher):
     def _compile(self, call: dict[str, Any]) -> Captured:
         # A mode of the caller's, such as a FLOP counter, is meant for the steps that run, and export cannot trace under it.
         with GATE.capture(), _disable_current_modes():
-            steps = build_steps(self.model, call, self.cache_config, self.predictor)
+            steps = build_steps(self.model, call, self.cache_config, self.predictor, self.lora)
         full, *cached = make_engines(self.backend, steps)
         rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)
         call_format = CallFormat.of(self._signature, call, steps.program.input_names, steps.read_inputs)

@@ -744,7 +744,12 @@ def test_a_run_by_position_is_that_by_keyword(model: Model) -> None:
     assert same_bits(first, run(tokencache_compile.transform(model, ratio=0.6, **settings), "dit", STEPS))
 
 
-@pytest.mark.parametrize("given", [1.5, True, [0.9], {}, object()])
+def test_plans_of_components_for_a_model(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"plans of transformer were given with a DiTTransformer2DModel; components are a pipeline's"):
+        tokencache_compile.transform(model, {"transformer": 0.9}, backend="eager")
+
+
+@pytest.mark.parametrize("given", [1.5, True, [0.9], object()])
 def test_a_plan_that_is_nothing(given: Any, model: Model) -> None:
     with pytest.raises(ConfigError, match="ratio="):
         tokencache_compile.transform(model, given, backend="eager")

@@ -257,7 +257,7 @@ MACs are counted. {orderings()}
 
 {learned_rows("IX ")}
 
-**Contexts and forecasts at equal cost**: the trained predictor at ratio 0.9, an I-step every 4th of 50 steps, {equal["settings"]["samples"]} noises. MACs and latency are shares of the uncached run's (latency: whole \
+**Contexts and forecasts at equal cost** (this table and the next were measured when the predictor's tokens were still selected by its logits, which is up to 0.2 dB worse): the trained predictor at ratio 0.9, an I-step every 4th of 50 steps, {equal["settings"]["samples"]} noises. MACs and latency are shares of the uncached run's (latency: whole \
 compiled runs on one thread in turn, in CPU seconds); a margin (dB) is over the best of the plain sampler with no more steps than that pays for.
 
 {contexts()}

@@ -8,11 +8,10 @@ end, where the caption decides what will be seen, the error of ε hardly depends
 
 from __future__ import annotations
 
-import copy
 import json
-import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -20,11 +19,8 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from emoji import encode, load_emoji, save_captions
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from train_reference import learning_rate
-
-from tokencache_compile.learn.checkpoint import load_checkpoint, save_checkpoint
-from tokencache_compile.learn.loop import generator_of
+from reference_training import train
+from torch import Tensor
 
 MODEL_CONFIG = dict(
     num_attention_heads=5, attention_head_dim=32, in_channels=3, out_channels=3, num_layers=8, sample_size=32, patch_size=4,
@@ -61,74 +57,31 @@ def main(
     save_captions(out / "ema" / "captions.safetensors", EXAMPLES)
     scheduler = DDPMScheduler(**SCHEDULER_CONFIG)
     model = PixArtTransformer2DModel(**MODEL_CONFIG)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
     model.set_attn_processor(AttnProcessor())  # written out: the gradient of the fused attention takes half of a step's time on a CPU
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.0, fused=True)
-    step, loss_average = 0, float("nan")
-    if (out / "checkpoint.safetensors").exists():
-        saved = load_checkpoint(out / "checkpoint.safetensors", {"model": model, "ema": ema}, optimizer)
-        step, loss_average = saved["step"], saved["loss"]
-    net, optimizer = accelerator.prepare(model, optimizer)
-    device = accelerator.device
-    ema.to(device)
 
-    columns = (
-        TextColumn("images"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-    )
-    log = (out / "log.jsonl").open("a")
-    share, total_batch = accelerator.process_index, batch * accelerator.num_processes
-    last_save = time.monotonic()
-    with Progress(*columns, disable=not accelerator.is_main_process) as bar:
-        task = bar.add_task("train", total=images, completed=step * total_batch, loss=loss_average)
-        while step * total_batch < images:
-            draw = generator_of(seed, share, step)
-            pick = torch.randint(len(data), (batch,), generator=draw)
-            dropped = torch.rand(batch, 1, generator=draw) < caption_dropout
-            state = torch.where(dropped[..., None], null_states, states[pick])
-            mask = torch.where(dropped, null_mask, masks[pick])
-            # One timestep from each of ``batch`` equal stretches: the same distribution as independent ones, with less noise.
-            timestep = ((torch.arange(batch) + torch.rand(batch, generator=draw)) * (1000 / batch)).long()
-            noise = torch.randn(data[pick].shape, generator=draw)
-            noisy = scheduler.add_noise(data[pick], noise, timestep).to(device)
-            target = scheduler.get_velocity(data[pick], noise, timestep).to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step * total_batch, images, peak_lr)
-            with accelerator.autocast():
-                predicted = net(
-                    noisy, timestep=timestep.to(device), encoder_hidden_states=state.to(device), encoder_attention_mask=mask.to(device)
-                ).sample
-                loss = (predicted.float() - target).square().mean()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            decay = min(ema_decay, (1 + step) / (10 + step))
-            source = accelerator.unwrap_model(net)
-            torch._foreach_lerp_(list(ema.parameters()), [p.data for p in source.parameters()], 1 - decay)
-            value = float(loss.detach())
-            loss_average = value if loss_average != loss_average else 0.995 * loss_average + 0.005 * value
-            bar.update(task, completed=step * total_batch, loss=loss_average)
-            if accelerator.is_main_process and step % 50 == 0:
-                log.write(json.dumps({"step": step, "images": step * total_batch, "loss": loss_average}) + "\n")
-                log.flush()
-            finished = step * total_batch >= images
-            if accelerator.is_main_process and (finished or time.monotonic() - last_save > 60 * minutes_between_checkpoints):
-                modules = {"model": source, "ema": ema}
-                save_checkpoint(out / "checkpoint.safetensors", modules, optimizer.optimizer, {"step": step, "loss": loss_average})
-                ema.save_pretrained(out / "ema")
-                facts = {
-                    "images": step * total_batch, "batch": batch, "peak_lr": peak_lr, "caption_dropout": caption_dropout,
-                    "loss": loss_average,
-                }  # fmt: skip
-                (out / "ema" / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-                last_save = time.monotonic()
-    log.close()
+    def loss_of(net: Any, draw: torch.Generator, device: torch.device) -> Tensor:
+        pick = torch.randint(len(data), (batch,), generator=draw)
+        dropped = torch.rand(batch, 1, generator=draw) < caption_dropout
+        state = torch.where(dropped[..., None], null_states, states[pick])
+        mask = torch.where(dropped, null_mask, masks[pick])
+        # One timestep from each of ``batch`` equal stretches: the same distribution as independent ones, with less noise.
+        timestep = ((torch.arange(batch) + torch.rand(batch, generator=draw)) * (1000 / batch)).long()
+        noise = torch.randn(data[pick].shape, generator=draw)
+        noisy = scheduler.add_noise(data[pick], noise, timestep).to(device)
+        target = scheduler.get_velocity(data[pick], noise, timestep).to(device)
+        predicted = net(
+            noisy, timestep=timestep.to(device), encoder_hidden_states=state.to(device), encoder_attention_mask=mask.to(device)
+        ).sample
+        return (predicted.float() - target).square().mean()
+
+    def on_save(folder: Path, progress: Mapping[str, Any]) -> None:
+        facts = {**progress, "batch": batch, "peak_lr": peak_lr, "caption_dropout": caption_dropout}
+        (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+    train(
+        out, model, loss_of, accelerator, images=images, batch=batch, peak_lr=peak_lr, ema_decay=ema_decay,
+        minutes_between_checkpoints=minutes_between_checkpoints, seed=seed, on_save=on_save,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

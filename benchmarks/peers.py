@@ -6,7 +6,7 @@
 Every row is one guided 50-step DDIM run of the same noises, eager: PSNR and MSE of the final images and the mean |Δ pred_x0| over the
 steps to the uncached run, and the MACs that ran, counted as they ran. Each method is switched on as its users do; what had to be done
 beside that, as neither peer lists the model, is the row's ``note``. A method that fails is a row that says so. Rows are kept as they
-come, so a stopped run goes on; latencies are another question (``--latency`` times whole runs in turn, and wants an idle machine).
+come, so a stopped run goes on. Latency is not measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +47,12 @@ class Method:
     name: str
     start: Callable[[Net, DDIMScheduler], Net]
     note: str = ""
+    steps: int = STEPS
 
 
 def fewer(steps: int) -> Method:
-    """The plain sampler; ``steps`` is read by the run."""
-    return Method(f"fewer steps: {steps}", lambda net, _: net)
+    """The plain sampler."""
+    return Method(f"fewer steps: {steps}", lambda net, _: net, steps=steps)
 
 
 def ours(name: str, **settings: Any) -> Method:
@@ -119,36 +119,25 @@ def methods() -> list[Method]:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run gave: final images, pred_x0 of every step, MACs and seconds."""
+    """What one run gave: final images, pred_x0 of every step, and MACs."""
 
     images: Tensor
     predictions: list[Tensor]
     macs: int
-    seconds: float
 
 
-def run(method: Method, noise: Tensor, count_macs: bool = True) -> Run:
+def run(method: Method, noise: Tensor) -> Run:
     """One run of a fresh model."""
     scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
     net = method.start(DiTTransformer2DModel.from_pretrained(MODEL).eval(), scheduler)
-    steps = int(method.name.rpartition(" ")[2]) if method.name.startswith("fewer") else STEPS
     conditions = Conditions.of_labels(torch.arange(len(noise)) % 10, NULL_LABEL, GUIDANCE)
     predictions: list[Tensor] = []
-    counter = MacCounter()
-    start = time.perf_counter()
-    if count_macs:
-        with counter:
-            images = sample(net, scheduler, noise, steps, conditions, lambda _, x: predictions.append(x.clamp(-1, 1)))
-    else:
-        images = sample(net, scheduler, noise, steps, conditions)
-    return Run(images.clamp(-1, 1), predictions, counter.macs, time.perf_counter() - start)
+    with MacCounter() as counter:
+        images = sample(net, scheduler, noise, method.steps, conditions, lambda _, x: predictions.append(x.clamp(-1, 1)))
+    return Run(images.clamp(-1, 1), predictions, counter.macs)
 
 
-def main(
-    out: Annotated[Path, typer.Option(help="JSON file, appended to.")],
-    samples: int = 40,
-    latency: Annotated[int, typer.Option(help="Rounds of whole runs, timed in turn; 0 times nothing.")] = 0,
-) -> None:
+def main(out: Annotated[Path, typer.Option(help="JSON file, appended to.")], samples: int = 40) -> None:
     """Measure every method that is not in OUT yet."""
     noise = torch.randn(samples, 1, 32, 32, generator=torch.Generator().manual_seed(SEED))
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": {}}
@@ -169,17 +158,9 @@ def main(
                 psnr_db=psnr(got.images, reference.images), mse=float((got.images - reference.images).square().mean()),
                 full_step_equivalents=got.macs / reference.macs * STEPS, note=method.note,
             )  # fmt: skip
-            if len(got.predictions) == STEPS:
+            if method.steps == STEPS:
                 row["pred_x0_mae"] = statistics.mean(deviation_per_step(got.predictions, reference.predictions))
             result["rows"][method.name] = row
-        out.write_text(json.dumps(result, indent=1))
-    if latency:
-        working = [method for method in [fewer(STEPS), *methods()] if "failed" not in result["rows"].get(method.name, {})]
-        seconds: dict[str, list[float]] = {method.name: [] for method in working}
-        for _ in track(range(latency), "rounds"):
-            for method in working:
-                seconds[method.name].append(run(method, noise, count_macs=False).seconds)
-        result["seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
         out.write_text(json.dumps(result, indent=1))
     for name, row in sorted(result["rows"].items(), key=lambda item: item[1].get("full_step_equivalents", 0.0)):
         figures = f"{row['full_step_equivalents']:5.1f}  {row['psnr_db']:5.2f} dB" if "psnr_db" in row else "failed"

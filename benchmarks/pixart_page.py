@@ -111,7 +111,7 @@ spoon, ginger root).
 
 One noise for every third concept, PSNR to the uncached images of {settings["steps"]} steps. The best with at least {min_speed_up:g}× fewer MACs is the cached run above. Context `reuse` and scores `random` where none is named; the paper's context is `kept`, forecast 0.
 
-The plan was searched; no predictor and no LoRA have been trained for this model yet (`benchmarks/train_pixart_cache.py` trains the predictor). With nothing recomputed the cached run has no use for scores.
+The plan was searched; no predictor and no LoRA have been trained for this model yet. With nothing recomputed the cached run has no use for scores.
 
 {_table(["setting", "fewer MACs", "PSNR (dB)"], search)}
 """

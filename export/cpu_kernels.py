@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
+from tokencache_compile.macs import count_as
 from tokencache_compile.passes.regions import Region
 
 _LINEAR = torch.ops.aten.linear.default
@@ -34,6 +35,11 @@ def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 _LIBRARY.impl("linear", onednn_linear, "CPU")
 torch.library.register_fake("tokencache_compile::linear", _linear_shape, lib=_LIBRARY)
+
+
+@count_as(torch.ops.tokencache_compile.linear)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    return x.numel() * weight.shape[0]
 
 
 def available() -> bool:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from tokencache_compile.errors import ConfigError, TokenCacheError, UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, Body
 from tokencache_compile.passes.analysis import placeholders
+from tokencache_compile.passes.budget import planned_bytes
 from tokencache_compile.passes.cached_step import make_cached
 from tokencache_compile.passes.capture import candidate_blocks
 from tokencache_compile.passes.fold_skipped import fold_skipped
@@ -183,7 +184,7 @@ def cost_of(built: StepPrograms, context: Context, inputs: Sequence[Tensor], pre
     except TokenCacheError as error:
         return Cost(refusal=str(error))
     macs = tuple(verify_step(step, inputs, built.random_shape) for step in cached)
-    return Cost(macs, run_macs(plan, built.macs_full, macs, num_steps), sum(spec.nbytes for spec in cached[0].caches))
+    return Cost(macs, run_macs(plan, built.macs_full, macs, num_steps), planned_bytes(program, plan, units))
 
 
 # -- the report -------------------------------------------------------------------------------------------------------

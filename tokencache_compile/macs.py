@@ -59,7 +59,7 @@ def _macs(op: Any, args: Any, result: Any) -> int:
         return int(result.numel()) * int(args[0].shape[-1])
     if op in (aten.addmm, aten.baddbmm):
         return int(result.numel()) * int(args[1].shape[-1])
-    if op is aten.linear or op._qualified_op_name == "tokencache_compile::linear":  # export/cpu_kernels.py
+    if op is aten.linear:
         return int(result.numel()) * int(args[0].shape[-1])
     if op is aten.convolution:
         weight: Tensor = args[1]

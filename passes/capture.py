@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import InputError, UnsupportedModelError
 from tokencache_compile.ir import BlockCall, Capture
+from tokencache_compile.model_state import adapter_scales, scales_set
+from tokencache_compile.passes.casting_hooks import casting_traced
 
 
 @torch.library.custom_op("tokencache_compile::block", mutates_args=())
@@ -121,7 +123,7 @@ def _recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> I
                 return
             leaves, in_spec = pytree.tree_flatten((args, kwargs))
             outputs, out_spec = pytree.tree_flatten(output)
-            calls.append(BlockCall(fqn, module, tuple(leaves), in_spec, tuple(outputs), out_spec))
+            calls.append(BlockCall(fqn, module, adapter_scales(module), tuple(leaves), in_spec, tuple(outputs), out_spec))
 
         return hook
 
@@ -234,7 +236,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
     has_switch = "return_dict" in inspect.signature(model.forward).parameters
     candidates = {fqn: block for fqn, block in candidate_blocks(model).items() if fqn.rpartition(".")[0] not in left_out}
     calls: list[BlockCall] = []
-    with torch.no_grad():
+    with torch.no_grad(), scales_set(model, adapter_scales(model)):
         try:
             with _recording(candidates, calls):
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))
@@ -254,7 +256,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
         if twice is not None:
             raise UnsupportedModelError(twice, "the block is called more than once in a forward pass", "Its updates have no single cache.")
         try:
-            with _opaque(kept):
+            with casting_traced(model), _opaque(kept):
                 exported = torch.export.export(model, (), {**kwargs, "return_dict": False} if has_switch else dict(kwargs), strict=False)
         except Exception as error:
             raise UnsupportedModelError(

@@ -21,8 +21,11 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
+from tokencache_compile.model_state import scales_set
 from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names
+from tokencache_compile.passes.casting_hooks import casting_traced
 
+_ADAPTERS = ("_disable_adapters", "_active_adapter")  # peft's, of one layer
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -32,7 +35,7 @@ def _is_simple(value: Any) -> bool:
 
 
 def _simple_attributes(module: nn.Module) -> tuple[Any, ...]:
-    values = {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "training"}
+    values = {k: v for k, v in module.__dict__.items() if (not k.startswith("_") or k in _ADAPTERS) and k != "training"}
     return tuple(sorted((k, repr(v)) for k, v in values.items() if _is_simple(v) or inspect.isfunction(v)))
 
 
@@ -64,7 +67,8 @@ def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
 def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
     args, kwargs = pytree.tree_unflatten([v.detach().contiguous() if isinstance(v, Tensor) else v for v in call.leaves], call.in_spec)
     # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
-    with torch.no_grad(), torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+    free_axes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with torch.no_grad(), free_axes, scales_set(call.module, call.scales), casting_traced(call.module):
         return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
 
 
@@ -80,7 +84,7 @@ def _body(name: str, call: BlockCall) -> Body:
         raise UnsupportedModelError(
             call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."
         )
-    if _writes_through_views(exported.graph):
+    if not _without_writes(exported.graph):
         exported = exported.run_decompositions({})
     lifted = lifted_names(exported)
     graph = Graph()
@@ -123,13 +127,30 @@ def _own(graph: Graph, value: Node) -> Node:
     return copy
 
 
-def _writes_through_views(graph: Graph) -> bool:
-    """Whether an operation writes in place and its result is not read: the effect shows only in what it is a view of.
+def _without_writes(graph: Graph) -> bool:
+    """Give in-place operations their pure form, where nothing else reads what they write to; whether none is left.
 
-    The passes follow values, so such a graph (CogVideoX rotates the image's part of its queries) is made functional first.
+    The passes follow values and copy operations, so an addition in place (torchao's linears) would be done twice on one tensor.
     """
-    calls = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return any(node.target._schema.is_mutable and not node.users for node in calls)
+    clean = True
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            pure = getattr(torch.ops.aten, node.target._opname.rstrip("_"), None)
+            overload = getattr(pure, node.target._overloadname, None)
+            if overload is not None and _is_own(node.args[0]) and len({n.meta["val"].dtype for n in node.all_input_nodes}) == 1:
+                node.target = overload
+            else:
+                clean = False
+    return clean
+
+
+def _is_own(node: Node) -> bool:
+    """Whether nothing but the one reader of ``node`` reads the memory it lies in."""
+    while len(node.users) == 1 and isinstance(node.target, torch._ops.OpOverload):
+        if not any(argument.alias_info for argument in node.target._schema.arguments):
+            return True
+        node = node.args[0]  # type: ignore[assignment]
+    return False
 
 
 def _writes_to_inputs(graph: Graph) -> bool:

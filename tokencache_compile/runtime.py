@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from tokencache_compile.call_format import CallFormat
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
+from tokencache_compile.model_state import model_state
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
@@ -56,6 +57,7 @@ class Dispatcher(StepDispatcher):
         self.backend = backend
         self._compiled: dict[Hashable, Captured] = {}
         self._lock = threading.RLock()
+        self._state = model_state(model)
         self.train(model.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -73,6 +75,15 @@ class Dispatcher(StepDispatcher):
             raise InputError(
                 f"{type(self.model).__name__} is in training mode, where it is random (dropped labels, dropout). Call model.eval() first."
             )
+
+    def _source_state(self) -> Hashable:
+        """The state of the model; what was captured in another is dropped, as it may share weights that adapters were merged into."""
+        state = model_state(self.model)
+        with self._lock:
+            if state != self._state:
+                self._compiled.clear()
+                self._state = state
+        return state
 
     def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Captured:
         with self._lock:
@@ -96,11 +107,12 @@ class Dispatcher(StepDispatcher):
         """What is compiled for the signature of ``example_inputs``, captured now if it was not; None: the last signature.
 
         Raises:
-            ConfigError: nothing is captured yet.
+            ConfigError: nothing is captured yet of the model with the adapters it has now.
         """
         if example_inputs is not None:
             signature, call = self._accept(example_inputs)
             return self._lookup(signature, call, begins=True)
+        self._source_state()
         if not self._compiled:
             raise ConfigError("nothing is captured yet: call the model once, or pass example_inputs.")
         return list(self._compiled.values())[-1]

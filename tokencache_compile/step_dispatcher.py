@@ -165,6 +165,10 @@ class StepDispatcher(nn.Module, ABC):
     def _check_source(self) -> None:
         """Raise an InputError if no step may run at all now."""
 
+    def _source_state(self) -> Hashable:
+        """What steps depend on beside the call: others are compiled for another."""
+        return None
+
     # -- switches -------------------------------------------------------------------------------------------------
 
     def enable(self) -> None:
@@ -205,7 +209,7 @@ class StepDispatcher(nn.Module, ABC):
 
         Raises:
             InputError: an argument is missing, unknown or NaN, or a gradient is asked for.
-            UnsupportedModelError, ConfigError: at the first call of a signature, if the model cannot be transformed so.
+            UnsupportedModelError, ConfigError: at the first call of a signature, if the model cannot be transformed so; hooks were added.
         """
         if not self._enabled:
             return self._uncached(args, kwargs)
@@ -226,15 +230,14 @@ class StepDispatcher(nn.Module, ABC):
             raise
         return tuple(outputs) if as_tuple else compiled.rebuild(outputs)
 
-    @staticmethod
-    def _signature_of(call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
-        """What graphs are compiled for (shapes, dtypes, devices, constants, autocast), and the call's tensors in graph order."""
+    def _signature_of(self, call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
+        """What graphs are compiled for (shapes, dtypes, devices, constants, autocast, the source), and the call's tensors in graph order."""
         leaves, spec = pytree.tree_flatten(call)
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
         kinds = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         devices = sorted({t.device.type for t in tensors})
         autocast = tuple(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in devices)
-        return (str(spec), autocast, *kinds), tensors
+        return (self._source_state(), str(spec), autocast, *kinds), tensors
 
     def _check_values(self, call: Mapping[str, Any], tensors: list[Tensor]) -> float:
         """The call's timestep, after refusing what must not enter a cache. One read from the device."""

@@ -17,12 +17,13 @@ def _cast_in_forward(module: nn.Module, hook: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             for part in module.modules():
-                for tensors in (part._parameters, part._buffers):
+                owners: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+                for tensors in owners:
                     stored = dict(tensors)
                     stack.callback(tensors.update, stored)
                     for name, tensor in stored.items():
                         if tensor is not None and tensor.is_floating_point():
-                            tensors[name] = tensor.to(hook.compute_dtype)  # type: ignore[assignment]
+                            tensors[name] = tensor.to(hook.compute_dtype)
             return hook.fn_ref.forward(*args, **kwargs)
 
     return forward

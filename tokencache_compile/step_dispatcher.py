@@ -231,7 +231,7 @@ class StepDispatcher(nn.Module, ABC):
         return tuple(outputs) if as_tuple else compiled.rebuild(outputs)
 
     def _signature_of(self, call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
-        """What graphs are compiled for (shapes, dtypes, devices, constants, autocast, the source), and the call's tensors in graph order."""
+        """What graphs are compiled for (source, shapes, dtypes, devices, constants, autocast), and the call's tensors in graph order."""
         leaves, spec = pytree.tree_flatten(call)
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
         kinds = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)

@@ -39,6 +39,7 @@ def grid() -> list[dict[str, Any]]:
     changes += [dict(every=every) for every in (2, 3, 5)]
     changes += [dict(ratio=ratio) for ratio in (0.5, 0.7, 1.0)]
     changes += [dict(ratio=1.0, every=every) for every in (2, 3)]
+    changes += [dict(cache_dtype=dtype) for dtype in ("bfloat16", "float8_e4m3fn")]
     return [BASE | change for change in changes]
 
 

@@ -1,11 +1,12 @@
 """Which of diffusers' transformer classes can be cached, and whether what comes out is right: writes docs/coverage.md.
 
-    python benchmarks/coverage.py                       # all classes, JSON and table (ten minutes on one core)
+    python benchmarks/coverage.py                       # all classes, JSON and table (13 minutes on one core)
     python benchmarks/coverage.py --only Flux --no-write
 
 Each tiny configuration (tests/families.py) goes through capture, an I-step and a P-step in every context:
 I must be bit-identical to the model, a P-step that keeps all tokens must be the model's step, and one at ratio 0.9 must be
-what an independent eager reference gives (tests/plain_blocks.py). Classes without a configuration are listed too.
+what an independent eager reference gives (tests/plain_blocks.py). Then the P-step of one context (reuse, where it is right) is
+exported to ONNX and run in ONNX Runtime. Classes without a configuration are listed too.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from check_family import CONTEXTS, Result, check  # noqa: E402
+from check_family import CONTEXTS, ENGINE_TOLERANCE, Result, check  # noqa: E402
 from families import FAMILIES  # noqa: E402
 
 
@@ -45,6 +46,10 @@ def transformer_classes() -> dict[str, str]:
     return found
 
 
+def first_line(reason: str) -> str:
+    return reason.splitlines()[0][:300]
+
+
 def table(results: list[Result], missing: list[str]) -> str:
     """The page docs/coverage.md."""
     right = [x for x in results if x.supported]
@@ -59,21 +64,25 @@ def table(results: list[Result], missing: list[str]) -> str:
         "ratio 0.9 that agrees with an independent eager reference, in at least one context. Others are refused by name, or not tried.",
         "",
         "Contexts: ✓ all three hold; – refused (why stands below). Streams: the cached one, and others computed in full; "
-        "(text +7) says that 7 text tokens stand in the cached stream itself.",
+        "(text +7) says that 7 text tokens stand in the cached stream itself. ONNX: ✓ the P-step (reuse, or the first context that is "
+        f"right) is exported, and ONNX Runtime's result is within {ENGINE_TOLERANCE:.0e} of eager's.",
         "",
-        "| class | blocks cached | streams | kept | cached | full | reuse | P error, largest |",
-        "|---|---|---|---|---|---|---|---|",
+        "| class | blocks cached | streams | kept | cached | full | reuse | P error, largest | ONNX |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for x in results:
         marks = ["✓" if x.contexts[c].ok else "–" if x.contexts[c].refusal else "✗" for c in CONTEXTS]
         error = f"{x.worst:.0e}" if x.supported else ""
-        lines.append(f"| {x.key} | {x.blocks} | {x.streams} | {' | '.join(marks)} | {error} |")
+        engine = "" if x.onnx is None else "✓" if x.onnx.ok else "–" if x.onnx.refusal else "✗"
+        lines.append(f"| {x.key} | {x.blocks} | {x.streams} | {' | '.join(marks)} | {error} | {engine} |")
     refused = [(x.key, c, r.refusal) for x in results for c, r in x.contexts.items() if r.refusal]
     lines += ["", "## Refusals", ""]
     seen: dict[tuple[str, str], list[str]] = {}
     for key, context, refusal in refused:
-        seen.setdefault((key, refusal.splitlines()[0][:300]), []).append(context)
+        seen.setdefault((key, first_line(refusal)), []).append(context)
     lines += [f"- **{key}**, {', '.join(contexts)}: {reason}" for (key, reason), contexts in seen.items()]
+    lines += ["", "## Not run in ONNX Runtime", ""]
+    lines += [f"- **{x.key}**: {first_line(x.onnx.note())}" for x in results if x.onnx is not None and not x.onnx.ok]
     lines += ["", "## No configuration yet", "", ", ".join(missing) or "none", ""]
     return "\n".join(lines)
 
@@ -90,7 +99,7 @@ def main(
         if only.lower() not in key.lower():
             continue
         start = time.monotonic()
-        result = check(entry)
+        result = check(entry, engines=True)
         results.append(result)
         print(f"{result.line()}  [{time.monotonic() - start:.0f} s]", flush=True)
     if not write or only:

@@ -26,7 +26,7 @@ def load_network() -> Any:
 
 @torch.inference_mode()
 def features(network: Any, images: Tensor, batch: int = 64) -> Tensor:
-    """Mean features [n, 1280], float64, of grey images [n, 1, H, W] in [-1, 1], resized to 64 pixels."""
+    """Mean features [n, 1280], float64, of images [n, 1 or 3, H, W] in [-1, 1], resized to 64 pixels."""
     found = []
     for part in images.split(batch):
         resized = torch.nn.functional.interpolate(part, SIZE, mode="bilinear", antialias=True, align_corners=False)
@@ -66,7 +66,7 @@ class FrechetDistance:
 
     @classmethod
     def to(cls, real: Tensor) -> FrechetDistance:
-        """The distance to ``real`` images [n, 1, H, W] in [-1, 1]."""
+        """The distance to ``real`` images [n, 1 or 3, H, W] in [-1, 1]."""
         network = load_network()
         rows = features(network, real)
         centre, covariance = moments(rows)
@@ -75,5 +75,5 @@ class FrechetDistance:
         return cls(network, centre, projection, moments((rows - centre) @ projection))
 
     def __call__(self, images: Tensor) -> float:
-        """The distance of ``images`` [n, 1, H, W]; at 2,000 of them about 1 is left even for real ones."""
+        """The distance of ``images`` [n, 1 or 3, H, W]; at 2,000 of them about 1 is left even for real ones."""
         return distance(moments((features(self.network, images) - self.centre) @ self.projection), self.real)

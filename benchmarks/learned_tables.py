@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import DDIMScheduler, DiTTransformer2DModel
-from equal_cost import Cached
 from fashion_mnist import load_fashion_mnist
 from frechet import FrechetDistance
 from judge_reference import classify, machine, make_classifier, train_classifier
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from train_reference import NULL_LABEL, SCHEDULER_CONFIG
 
 import tokencache_compile as tc
-from tokencache_compile.artefact import CacheArtefact, load_lora
+from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.engine import make_engines
 from tokencache_compile.learn.calibration import Calibration, GuidedCall
 from tokencache_compile.learn.interval_errors import interval_errors
@@ -73,6 +72,7 @@ class Bench:
         self.result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": {}}
         self.result["settings"] = dict(samples=samples, steps=STEPS, full_steps=FULL_STEPS, guidance=GUIDANCE, seed=4321)
         self.result["machine"] = machine()
+        self.names: dict[tuple[CacheConfig, Path | None], str] = {}
         self.distance: FrechetDistance | None = None
         if frechet:
             self.distance = FrechetDistance.to(load_fashion_mnist("train")[0][:REAL])
@@ -126,42 +126,31 @@ class Bench:
             row["pred_x0_mae"] = sum(deviation) / len(deviation)
         if self.distance is not None:
             row["frechet"] = self.distance(images)
+        self._save(name, row)
+        print(f"{name:50s}", {k: round(v, 6) for k, v in row.items()}, f"{time.monotonic() - start:.0f} s", flush=True)
+
+    def _save(self, name: str, row: dict[str, Any]) -> None:
         self.result["rows"][name] = row
         self.out.parent.mkdir(parents=True, exist_ok=True)
         aside = self.out.with_suffix(".partial")
         aside.write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(aside, self.out)
-        print(f"{name:50s}", {k: round(v, 6) for k, v in row.items()}, f"{time.monotonic() - start:.0f} s", flush=True)
 
     def config(self, name: str, config: CacheConfig, lora: Path | None = None) -> None:
-        """A row of the dispatcher under ``config``, with the adapter in ``lora`` if there is one."""
+        """A row of the dispatcher under ``config``, with the adapter in ``lora`` if there is one. A setting of two tables runs once."""
+        twin = self.names.setdefault((config, lora), name)
+        if self.missing(name) and twin in self.result["rows"]:
+            self._save(name, self.result["rows"][twin])
+            return
 
         def run() -> tuple[Tensor, Tensor, float]:
-            net = self.net if lora is None else load_net()
-            if lora is not None:
-                load_lora(net, lora)
             scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
             predictor = self.artefact.predictor if config.scorer == "predictor" else None
-            cached = tc.transform(net, config, predictor=predictor, backend=BACKEND, scheduler=scheduler)
+            plan = replace(self.artefact, config=config, predictor=predictor, lora_path=lora)
+            cached = tc.transform(self.net, plan, backend=BACKEND, scheduler=scheduler)
             images, predictions = self._run(name, lambda: cached, STEPS, scheduler)
             summary = cached.summary()
             return images, predictions, summary.macs / summary.macs_uncached * STEPS
-
-        self._keep(name, run)
-
-    def refined_p_steps(self, name: str, config: CacheConfig, lora: Path) -> None:
-        """A row with the adapter in P-steps only: it was trained for those, and a model that carries it has it in I-steps too."""
-
-        def run() -> tuple[Tensor, Tensor, float]:
-            adapted = load_net()
-            load_lora(adapted, lora)
-            part, labels = self.noise[: self.chunk], self.labels[: self.chunk]
-            original, refined = (
-                Cached(net, part, self._conditions(labels), config, self.artefact.predictor, BACKEND) for net in (self.net, adapted)
-            )
-            refined.engines = [original.engines[0], *refined.engines[1:]]
-            images, predictions = self._run(name, lambda: refined.begin(config.schedule), STEPS)
-            return images, predictions, refined.cost(config.schedule, STEPS)
 
         self._keep(name, run)
 
@@ -226,7 +215,6 @@ def main(
         bench.config(f"IX K = {last_k}", replace(trained, last_k=last_k))
         if (adapter := lora / f"k{last_k}" / "lora").exists():
             bench.config(f"IX K = {last_k}, LoRA", replace(trained, last_k=last_k), adapter)
-            bench.refined_p_steps(f"IX K = {last_k}, LoRA in P-steps only", replace(trained, last_k=last_k), adapter)
     for name, schedule in schedules(bench, artefact, trained).items():
         bench.config(f"VIII schedule: {name}", replace(trained, schedule=schedule))
     for ratio in (0.5, 0.6, 0.7, 0.8, 0.9):

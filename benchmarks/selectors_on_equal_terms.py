@@ -16,6 +16,7 @@ from torch import Tensor
 from tokencache_compile.engine import Engine
 from tokencache_compile.learn.stack import BlockStack
 from tokencache_compile.passes.pipeline import StepPrograms
+from tokencache_compile.passes.selection import below_one
 from tokencache_compile.predictor import CachePredictor
 
 GRID_CELL_TOME, GRID_CELL_TOCA = 4, 2
@@ -153,4 +154,4 @@ class ScoredRun:
 
         with contextlib.suppress(Enough):
             self.stack.run(kwargs, visit)
-        return list(self.stack.logits(self.predictor, first)[:, : plan.num_cached].unbind(1))
+        return list(below_one(self.stack.logits(self.predictor, first))[:, : plan.num_cached].unbind(1))

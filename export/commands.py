@@ -101,7 +101,7 @@ def bench(
 
     with clean_errors():
         transformed, given = _transformed(model, plan, ratio, batch, dtype, device)
-        result = run(transformed.model, given, transformed.cache_config, transformed.predictor, backend, rounds)
+        result = run(transformed.model, given, transformed.cache_config, transformed.predictor, backend, rounds, transformed.lora)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
         table = Table("backend", "step", "median, ms", "p90, ms", "I over P")

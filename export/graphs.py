@@ -23,8 +23,13 @@ def write_graphs(graphs: Sequence[EngineGraph], folder: Path) -> tuple[StepEntry
     """Write ``graphs`` (the I-step, then the P-steps) into ``folder``: ``full.onnx``, ``cached_<profile>.onnx``, the weights.
 
     Raises:
-        ExportError: an operator cannot be exported, onnx is missing, or the disk is full.
+        ExportError: an operator cannot be exported, caches are 8-bit floats, onnx is missing, or the disk is full.
     """
+    if narrow := [spec for graph in graphs for spec in graph.io.inputs if spec.dtype.is_floating_point and spec.dtype.itemsize == 1]:
+        raise ExportError(
+            f"{narrow[0].name} and {len(narrow) - 1} more caches are {narrow[0].dtype}, which the runtimes do not take as inputs. "
+            'Use cache_dtype="bfloat16" or "float16", or backend="inductor".'
+        )
     named: dict[str, EngineGraph] = {}
     for number, graph in enumerate(graphs):
         name = "full" if number == 0 else f"cached_{number - 1}"

@@ -48,7 +48,7 @@ class BundleDispatcher(StepDispatcher):
         return self.manifest.plan
 
     def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Compiled:
-        if signature not in self._known:
+        if signature not in self._known or self.manifest.call.reads_values:
             self.manifest.call.check(call)
             sample = call[self._sample_name]
             if sample.device.type != self.device.type:

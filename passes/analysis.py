@@ -41,8 +41,9 @@ from tokencache_compile.ir import (
     SideInput,
     Stream,
 )
+from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.passes.capture import BLOCK_OP, disturbed
-from tokencache_compile.passes.outline import block_call_index
+from tokencache_compile.passes.outline import block_call_index, counting_body
 from tokencache_compile.passes.rounding import agree, leap_of, relative
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -52,6 +53,8 @@ _TRUNK_OPS = (
     torch.ops.aten.to.dtype,
     torch.ops.aten.clone.default,
     torch.ops.aten.slice.Tensor,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.contiguous.default,
 )
 
 
@@ -72,19 +75,26 @@ def attention_mask(node: Node) -> Node | None:
     return mask if isinstance(mask, Node) else None
 
 
-def _shape(node: Node) -> tuple[int | SymInt, ...]:
+def _is_causal(node: Node) -> bool:
+    """Whether an attention call is: its queries see the keys up to their own position."""
+    return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+
+
+def shape_of(node: Node) -> tuple[int | SymInt, ...]:
     """Sizes of a node's value; an axis that the block fixed is an int, a free one a symbol."""
     sizes = node.meta["val"].shape
     return tuple(size if isinstance(size, SymInt) and size.node.expr.free_symbols else int(size) for size in sizes)
 
 
-def _is(axis: int | SymInt, other: int | SymInt) -> bool:
+def is_axis(axis: int | SymInt, other: int | SymInt) -> bool:
+    """Whether two axes have one length whatever the sizes."""
     if isinstance(axis, SymInt) and isinstance(other, SymInt):
         return bool(axis.node.expr == other.node.expr)
     return not isinstance(axis, SymInt) and not isinstance(other, SymInt) and axis == other
 
 
-def _mentions(axis: int | SymInt, symbol: SymInt) -> bool:
+def mentions(axis: int | SymInt, symbol: SymInt) -> bool:
+    """Whether an axis's length follows from ``symbol``."""
     return isinstance(axis, SymInt) and bool(symbol.node.expr.free_symbols & axis.node.expr.free_symbols)
 
 
@@ -118,7 +128,7 @@ def stream_pairs(body: Body, call: BlockCall) -> tuple[tuple[int, int], ...]:
         trunk = _on_trunk(outputs[o])
         for i, tensor in enumerate(call.tensors):
             if tensor.shape == out.shape and tensor.dtype == out.dtype and out.is_floating_point() and out.dim() >= 3:
-                symbols = all(_is(a, b) for a, b in zip(_shape(inputs[i]), _shape(outputs[o]), strict=True))
+                symbols = all(is_axis(a, b) for a, b in zip(shape_of(inputs[i]), shape_of(outputs[o]), strict=True))
                 found.append((not symbols, inputs[i] not in trunk, i, o))
     pairs: list[tuple[int, int]] = []
     for _, _, i, o in sorted(found):
@@ -328,19 +338,19 @@ def _attention_outputs(
 ) -> tuple[AttentionOutput, ...]:
     """What the self-attentions give to the rest of the body, each once."""
     nodes = {n.name: n for n in body.graph_module.graph.nodes}
-    stream_axis, batch = _shape(streams[0])[1], probe.shapes[streams[0].name][0]
+    stream_axis, batch = shape_of(streams[0])[1], probe.shapes[streams[0].name][0]
     found: dict[str, AttentionOutput] = {}
     for name, query_layout in queries.items():
         query = nodes[name].args[0]
         assert isinstance(query, Node)
         for node in _leaving(body, nodes[name], streams):
-            axis = _shape(node)[-2]
+            axis = shape_of(node)[-2]
             layout: Layout | None = None
-            if _is(axis, stream_axis):
+            if is_axis(axis, stream_axis):
                 layout = place.layout
-            elif _is(axis, _shape(query)[-2]):
+            elif is_axis(axis, shape_of(query)[-2]):
                 layout = query_layout
-            elif _mentions(axis, token):
+            elif mentions(axis, token):
                 raise UnsupportedModelError(
                     body.name, f"its attention leaves {node.name} with a token axis of {axis}", "Its tokens cannot be told apart."
                 )
@@ -353,15 +363,15 @@ def _side_inputs(
     call: BlockCall, inputs: Sequence[Node], streams: Sequence[int], token: SymInt, place: _Place, keys: Sequence[Layout]
 ) -> tuple[SideInput, ...]:
     """The inputs beside the streams that have a token axis."""
-    own = _shape(inputs[place.pair[0]])[1]
+    own = shape_of(inputs[place.pair[0]])[1]
     total = call.tensors[place.pair[0]].shape[1] - place.layout.others
     sides = []
     for position, node in enumerate(inputs):
-        axes = [axis for axis, size in enumerate(_shape(node)) if _mentions(size, token)]
+        axes = [axis for axis, size in enumerate(shape_of(node)) if mentions(size, token)]
         if position in streams or not axes:
             continue
         sizes = {call.tensors[position].shape[axis] for axis in axes}
-        layouts = [place.layout] if _is(_shape(node)[axes[0]], own) else [k for k in keys if {k.others + total} == sizes]
+        layouts = [place.layout] if is_axis(shape_of(node)[axes[0]], own) else [k for k in keys if {k.others + total} == sizes]
         if len(axes) > 2 or len(sizes) > 1 or not layouts:
             raise UnsupportedModelError(
                 call.fqn,
@@ -373,11 +383,16 @@ def _side_inputs(
     return tuple(sides)
 
 
+def _bounds(token: SymInt) -> Any:
+    """The range of token counts that a block was exported for; None where they are counts of a kind."""
+    return token.node.shape_env.var_to_range.get(token.node.expr) if token.node.expr.is_Symbol else None
+
+
 def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tuple[int, int]]) -> Body:
     """Find the roles of one body's inputs; see the module's docstring for what is declined."""
     stream_input, stream_output = place.pair
     inputs, outputs = placeholders(body), body_outputs(body)
-    shape = _shape(inputs[stream_input])
+    shape = shape_of(inputs[stream_input])
     free = [axis for axis in range(1, len(shape)) if isinstance(shape[axis], SymInt)]
     if len(shape) != 3 or 1 not in free:
         raise UnsupportedModelError(
@@ -387,24 +402,30 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
         )
     token = shape[1]
     assert isinstance(token, SymInt)
-    env = token.node.shape_env
-    bounds = env.var_to_range.get(token.node.expr) if token.node.expr.is_Symbol else None
-    if bounds is None or bounds.lower > 2 or not bool(bounds.upper > 2**20):
+    bounds = _bounds(token)
+    if bounds is None or bounds.lower > 2 + place.layout.others or not bool(bounds.upper > 2**20):
         raise UnsupportedModelError(
             call.fqn, f"its token count is bound to {token.node.expr} in {bounds}", "The block depends on the token count."
         )
-    keys = [_shape(n.args[1])[-2] for n in body.graph_module.graph.nodes if n.target is SDPA]
-    if isinstance(shape[0], SymInt) and any(_mentions(key, shape[0]) for key in keys):
+    attending = [n for n in body.graph_module.graph.nodes if n.target is SDPA]
+    keys = [shape_of(n.args[1])[-2] for n in attending]
+    if isinstance(shape[0], SymInt) and any(mentions(key, shape[0]) for key in keys):
         raise UnsupportedModelError(
             call.fqn,
             f"its attention runs over the first axis of its stream {tuple(call.tensors[stream_input].shape)}",
-            "Streams with samples first, [B, N, C], are supported.",
+            "Its tokens cannot be gathered sample by sample.",
+        )
+    if any(_is_causal(n) and mentions(key, token) for n, key in zip(attending, keys, strict=True)):
+        raise UnsupportedModelError(
+            call.fqn,
+            "its attention is causal: a token sees those before it alone, as in a model that writes one token after the other",
+            "The tokens of a sample that is denoised see each other.",
         )
     companions = []
     for i, o in pairs:
         if (i, o) == place.pair:
             continue
-        if any(_mentions(axis, token) for axis in _shape(outputs[o])):
+        if any(mentions(axis, token) for axis in shape_of(outputs[o])):
             raise UnsupportedModelError(
                 call.fqn, "it carries several streams of one token count", "One stream is cached, and others must have counts of their own."
             )
@@ -413,7 +434,7 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
     nodes = {n.name: n for n in body.graph_module.graph.nodes}
     attentions, queries = [], {}
     for name, (query, key) in probe.layouts.items():
-        if not _mentions(_shape(nodes[name].args[1])[-2], token):
+        if not mentions(shape_of(nodes[name].args[1])[-2], token):
             continue  # cross-attention to what is not cached stays as it is
         if key is None:
             raise UnsupportedModelError(
@@ -438,6 +459,13 @@ def analyse_body(body: Body, call: BlockCall, place: _Place, pairs: Sequence[tup
 
 
 # -- 4: the permutation test ----------------------------------------------------------------------------------------------
+
+
+class _WithoutGrid(Interpreter):
+    """Runs a body whose tokens do not mix with their neighbours on the grid: that is what no permutation keeps."""
+
+    def run_node(self, n: Node) -> Any:
+        return self.fetch_args_kwargs_from_env(n)[0][0] if n.target is ON_GRID else super().run_node(n)
 
 
 def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
@@ -465,8 +493,8 @@ def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
         for dim in dims:
             permuted[i] = permuted[i].index_select(dim, order(layout))
     with torch.no_grad():
-        plain = body.graph_module(*weights, *tensors)
-        moved = body.graph_module(*weights, *permuted)
+        plain = _WithoutGrid(body.graph_module).run(*weights, *tensors)
+        moved = _WithoutGrid(body.graph_module).run(*weights, *permuted)
     streams = [(roles.stream_input, roles.stream_output, order(roles.layout))]
     streams += [(c.input, c.output, torch.arange(c.shape[1], device=device)) for c in roles.companions]
     leap = partial(leap_of, body, weights, tensors)
@@ -478,6 +506,14 @@ def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
                 f"permuting its tokens changes its output (relative {relative(moved[o], expected, x):.1e}), so it depends on positions",
                 "Such blocks cannot gather tokens.",
             )
+
+
+def _counting(body: Body, call: BlockCall, place: _Place) -> Body:
+    """A body that holds for its own number of tokens only, as it was told that number, made anew for any."""
+    token = shape_of(placeholders(body)[place.pair[0]])[1]
+    bounds = _bounds(token) if isinstance(token, SymInt) else None
+    free = bounds is not None and bounds.lower <= 2 + place.layout.others
+    return body if free else counting_body(body, call, place.pair[0], place.tokens)
 
 
 def _check_outputs(program: BlockProgram, block: Block, pairs: Sequence[tuple[int, int]]) -> None:
@@ -518,7 +554,7 @@ def analyse(program: BlockProgram, captured: Capture) -> BlockProgram:
                 block.fqn, "its tokens stand elsewhere than in other blocks of its structure", "One layout is needed."
             )
     bodies = [
-        analyse_body(body, call, places[first_of[index].index], pairs[index])
+        analyse_body(_counting(body, call, places[first_of[index].index]), call, places[first_of[index].index], pairs[index])
         for index, (body, call) in enumerate(zip(program.bodies, calls, strict=True))
     ]
     shapes = set(_grids(captured, places))

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tokencache_compile.ir import CacheSpec
+
 # An even spacing extrapolated by one more of it has weights 3, -3, 1. Measured: beyond that a forecast loses to a lower order.
 AMPLIFICATION = 7.0
 
@@ -85,6 +87,19 @@ def add_forecast(stream: Tensor, updates: Sequence[Tensor], weights: Sequence[Te
     for update, weight in zip(updates, weights, strict=True):
         total = torch.addcmul(total, update.float(), weight)
     return total.type_as(stream)
+
+
+def load(value: Tensor, spec: CacheSpec) -> Tensor:
+    """A cache's values in the dtype that they are computed in."""
+    return value if spec.dtype == spec.computed else value.to(spec.computed)
+
+
+def store(value: Tensor, spec: CacheSpec) -> Tensor:
+    """Values as the cache keeps them; where its dtype ends earlier, at the largest that it has."""
+    if spec.dtype == spec.computed:
+        return value
+    largest = torch.finfo(spec.dtype).max
+    return value.clamp(-largest, largest).to(spec.dtype)
 
 
 def update_score(update: Tensor, previous: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import Node
 
 from tokencache_compile.ir import Block, BlockProgram, CacheUnit, StepProgram
-from tokencache_compile.passes.cache_ops import add_forecast, forecast_weights
+from tokencache_compile.passes.cache_ops import add_forecast, forecast_weights, load
 from tokencache_compile.passes.caches import SHARED_STAMPS, UnitCaches, cache_specs, unit_caches, written_in_p_steps
 from tokencache_compile.passes.regions import cached_region
 from tokencache_compile.passes.selection import predictor_scores, select
@@ -61,7 +61,7 @@ def make_cached(
         if names.companion_stamps is not None and not common:
             beside = forecast_weights(step.cache_in[names.companion_stamps.name], step.extras["step"], config.forecast)
         for (i, o), history in zip(pairs, (names.updates, *names.companions), strict=True):
-            updates = [step.cache_in[spec.name] for spec in history]
+            updates = [load(step.cache_in[spec.name], spec) for spec in history]
             held: Any = add_forecast(step.proxy(inputs[i]), updates, weights if history is names.updates else beside)
             outputs[o] = held.node
         return outputs
@@ -85,7 +85,7 @@ def make_cached(
         arguments += [value.node for value in (index, *forecast, *updates, *kept_caches)]
         results = step.call(
             f"{body.name}_cached_{kept}",
-            lambda: cached_region(body, config, stream, kept, [len(history) for history in names.context]),
+            lambda: cached_region(body, config, stream, kept, names),
             arguments,
             body.num_outputs + len(written),
         )

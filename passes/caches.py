@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheSpec, CacheUnit
+from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.plan import CacheConfig, CachePlan
 
 SHARED_STAMPS = "stamps"
@@ -48,6 +50,12 @@ def written_in_p_steps(caches: UnitCaches, config: CacheConfig) -> tuple[CacheSp
     return (*history, *(caches.flat_context if config.context == "cached" else ()))
 
 
+def _values(name: str, shape: Sequence[int], computed: torch.dtype, config: CacheConfig) -> CacheSpec:
+    """A cache of what blocks compute, stored as the plan asks."""
+    stored = computed if config.cache_dtype is None else getattr(torch, config.cache_dtype)
+    return CacheSpec(name, tuple(shape), stored, computed)
+
+
 def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> tuple[tuple[CacheSpec, ...], ...]:
     stream = program.known_stream
     body = program.body_of(program.blocks[unit.first])
@@ -67,7 +75,7 @@ def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> 
             suffix = f"{unit.name}_{number}" if len(roles.attentions) > 1 else unit.name
             for name, part in zip(("key", "value"), nodes[attention.node].args[1:3], strict=True):
                 shape = (stream.batch, stream.tokens, *_per_token_shape(part))
-                specs.append((CacheSpec(f"{name}_{suffix}", shape, part.meta["val"].dtype),))
+                specs.append((_values(f"{name}_{suffix}", shape, part.meta["val"].dtype, plan.config),))
     elif plan.config.context == "reuse":
         # Reused attention is forecast like the updates, where their stamps are its own: those of the I-steps.
         depth = plan.config.forecast + 1 if plan.config.history == "full_steps" else 1
@@ -75,7 +83,15 @@ def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> 
             suffix = f"{unit.name}_{number}" if len(roles.attention_outputs) > 1 else unit.name
             node = nodes[output.node]
             shape = (stream.batch, output.rows, *_per_token_shape(node))
-            specs.append(tuple(CacheSpec(f"attention_{suffix}_{i}", shape, node.meta["val"].dtype) for i in range(depth)))
+            dtype = node.meta["val"].dtype
+            specs.append(tuple(_values(f"attention_{suffix}_{i}", shape, dtype, plan.config) for i in range(depth)))
+    elif plan.config.context == "kept":
+        on_grid: list[Any] = [n for n in nodes.values() if n.target is ON_GRID]
+        for number, node in enumerate(on_grid):
+            suffix = f"{unit.name}_{number}" if len(on_grid) > 1 else unit.name
+            x, axis, dims = node.args[0].meta["val"], node.args[3], len(node.args[4])
+            rest = (*x.shape[1:axis], *x.shape[axis + dims :])
+            specs.append((_values(f"grid_{suffix}", (stream.batch, stream.tokens, *map(int, rest)), x.dtype, plan.config),))
     return tuple(specs)
 
 
@@ -84,7 +100,7 @@ def _companion_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -
     if all(keep[unit.first] > 0 for keep in plan.profiles):
         return ()
     return tuple(
-        tuple(CacheSpec(f"companion_{unit.name}_{number}_{i}", c.shape, c.dtype) for i in range(plan.config.forecast + 1))
+        tuple(_values(f"companion_{unit.name}_{number}_{i}", c.shape, c.dtype, plan.config) for i in range(plan.config.forecast + 1))
         for number, c in enumerate(program.body_of(program.blocks[unit.first]).known_roles.companions)
     )
 
@@ -99,11 +115,11 @@ def _stamps(config: CacheConfig, unit: CacheUnit, grid: tuple[int, int]) -> Cach
     """The steps at which a token's updates were computed; one list for all tokens of all units where only I-steps enter the history."""
     if config.history == "full_steps":
         return _i_step_stamps(config)
-    return CacheSpec(f"stamps_{unit.name}", (*grid, config.forecast + 1), torch.float32, -1.0)
+    return CacheSpec(f"stamps_{unit.name}", (*grid, config.forecast + 1), torch.float32, torch.float32, -1.0)
 
 
 def _i_step_stamps(config: CacheConfig) -> CacheSpec:
-    return CacheSpec(SHARED_STAMPS, (1, 1, config.forecast + 1), torch.float32, -1.0)
+    return CacheSpec(SHARED_STAMPS, (1, 1, config.forecast + 1), torch.float32, torch.float32, -1.0)
 
 
 def cache_specs(caches: Sequence[UnitCaches]) -> tuple[CacheSpec, ...]:
@@ -118,10 +134,11 @@ def unit_caches(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUni
     for unit in units:
         body = program.body_of(program.blocks[unit.first])
         grid = (stream.batch, stream.tokens + body.known_roles.layout.others)
-        updates = tuple(CacheSpec(f"update_{unit.name}_{i}", (*grid, stream.channels), stream.dtype) for i in range(config.forecast + 1))
+        shape = (*grid, stream.channels)
+        updates = tuple(_values(f"update_{unit.name}_{i}", shape, stream.dtype, config) for i in range(config.forecast + 1))
         stamps = _stamps(config, unit, grid) if config.forecast else None
         scored = config.scorer in ("change", "norm") and not unit.skipped
-        score = CacheSpec(f"score_{unit.name}", (stream.batch, stream.tokens), torch.float32) if scored else None
+        score = CacheSpec(f"score_{unit.name}", (stream.batch, stream.tokens), torch.float32, torch.float32) if scored else None
         context = () if unit.skipped else _context_caches(program, plan, unit)
         companions = _companion_caches(program, plan, unit)
         # What a P-step computes of a companion does not enter its history.

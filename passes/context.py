@@ -20,6 +20,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Attention, Body, Layout
+from tokencache_compile.opaque_modules import ON_GRID, from_rows, to_rows
 from tokencache_compile.passes.analysis import attention_mask, body_outputs, placeholders
 from tokencache_compile.passes.groups import attend_by_group
 from tokencache_compile.passes.kept_rows import KeptRows
@@ -104,7 +105,13 @@ class BodyCopy:
             for output in roles.attention_outputs:
                 node = nodes[output.node]
                 values.append(tokens_first(Proxy(self.all_tokens[node], self.tracer), node.meta["val"].dim()))
+        for node in self._on_grid() if context == "kept" else ():
+            x, _, _, axis, grid = node.args
+            values.append(to_rows(Proxy(self.all_tokens[x], self.tracer), axis, len(grid)))
         return [value.contiguous().node for value in values]
+
+    def _on_grid(self) -> list[Any]:
+        return [node for node in self._nodes() if node.target is ON_GRID]
 
     def copy_ancestors(self, targets: Sequence[Node], env: dict[Node, Node]) -> list[Node]:
         """The copies of ``targets`` in ``env`` (all tokens, or the kept ones), made with what they are made from."""
@@ -126,8 +133,8 @@ class BodyCopy:
     ) -> list[Node]:
         """The body on the kept tokens, its attention rewritten for ``context``; returns its outputs.
 
-        ``given``: the attentions' outputs (``reuse``), or the caches of all tokens' keys and values (``cached``);
-        caches that a P-step writes are appended to ``new_caches``.
+        ``given``: the attentions' outputs (``reuse``), the caches of all tokens' keys and values (``cached``), or what modules on
+        the grid were given (``kept``); caches that a P-step writes are appended to ``new_caches``.
         """
         stored = iter(given)
         roles = self.body.known_roles
@@ -138,9 +145,21 @@ class BodyCopy:
                 self.kept[node] = tokens_first(next(stored), node.meta["val"].dim()).node
             elif context in ("full", "cached") and node.name in attentions:
                 self.kept[node] = self._attend(node, attentions[node.name], context, stored, kept, new_caches)
+            elif node.target is ON_GRID:
+                self.kept[node] = self._among_neighbours(node, next(stored), kept)
             else:
                 self._copy(node, self.kept)
         return self._results(self.kept)
+
+    def _among_neighbours(self, node: Any, stored: Any, kept: KeptRows) -> Node:
+        """A module on the grid: the kept tokens' input is fresh, their neighbours' is that of the last I-step (``stored`` [B, N, …])."""
+        x, weights, number, axis, grid = node.args
+        fresh = to_rows(Proxy(self.kept[x], self.tracer), axis, len(grid))
+        whole = from_rows(kept.put(stored, fresh, Layout()), axis, len(grid))
+        given = [Proxy(self.kept[weight], self.tracer) for weight in weights]
+        result = to_rows(ON_GRID(whole, given, number, axis, grid), axis, len(grid))
+        rows: Proxy = from_rows(kept.take(result, Layout()), axis, len(grid))
+        return rows.node
 
     def _attend(self, node: Node, attention: Attention, context: Context, stored: Any, kept: KeptRows, new_caches: list[Any]) -> Node:
         """The attention of kept queries to every token's keys and values."""

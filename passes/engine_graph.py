@@ -21,7 +21,9 @@ from tokencache_compile.errors import ConfigError, ExportError
 from tokencache_compile.ir import EngineGraph, StepIO, StepProgram, TensorSpec
 from tokencache_compile.passes.drop_squeezes import drop_squeezes
 from tokencache_compile.passes.inline_regions import inline_regions
+from tokencache_compile.passes.logical_fills import logical_fills
 from tokencache_compile.passes.pipeline import StepPrograms
+from tokencache_compile.passes.real_tables import real_tables
 from tokencache_compile.passes.verify import extra_inputs
 
 SelectionPlace = Literal["graph", "host"]
@@ -135,6 +137,8 @@ def _cut(
                 "Use the model in torch, or a variant of it whose masks do not select rows."
             ) from error
     drop_squeezes(cut.graph)
+    logical_fills(cut.graph)
+    real_tables(cut)
     cut.recompile()
     computed = tuple(TensorSpec(name, tuple(map(int, v.shape)), v.dtype) for name, v in zip(outputs, values, strict=True))
     return EngineGraph(replace(io, inputs=inputs, outputs=computed), cut)

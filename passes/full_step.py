@@ -13,6 +13,7 @@ import torch
 from torch.fx import Node
 
 from tokencache_compile.ir import Block, BlockProgram, CacheSpec, CacheUnit, Companion, StepProgram
+from tokencache_compile.passes.cache_ops import load, store
 from tokencache_compile.passes.caches import UnitCaches, cache_specs, unit_caches
 from tokencache_compile.passes.regions import full_region
 from tokencache_compile.passes.step_graph import StepGraph
@@ -44,7 +45,8 @@ def make_full(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUnit]
         has_score = names.score is not None
         arguments = [*step.block_weights(block), *inputs]
         if has_score and plan.config.scorer == "change":
-            arguments.append(step.cache_in[names.updates[0].name].node)
+            previous: Any = load(step.cache_in[names.updates[0].name], names.updates[0])
+            arguments.append(previous.node)
         count = body.num_outputs + 1 + has_score + len(names.context)
         results = step.call(
             f"{body.name}_full", lambda: full_region(body, plan.config, program.known_stream, has_score), arguments, count
@@ -59,7 +61,7 @@ def make_full(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUnit]
 
 def _moved_down(step: StepGraph, history: Sequence[CacheSpec], value: Any) -> None:
     """A new value enters a history, the older ones move down, the oldest falls out."""
-    for spec, moved in zip(history, [value, *(step.cache_in[spec.name] for spec in history[:-1])], strict=True):
+    for spec, moved in zip(history, [store(value, history[0]), *(step.cache_in[spec.name] for spec in history[:-1])], strict=True):
         step.cache_out[spec.name] = moved
 
 

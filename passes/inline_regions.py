@@ -22,7 +22,10 @@ def inline_regions(module: GraphModule) -> GraphModule:
         if isinstance(region, Region):
             inner = region.graph_module.graph
             given = [n for n in inner.nodes if n.op == "placeholder"]
-            env[node] = graph.graph_copy(inner, {placeholder: env[n] for placeholder, n in zip(given, node.args, strict=True)})
+            copies = {placeholder: env[n] for placeholder, n in zip(given, node.args, strict=True)}
+            env[node] = graph.graph_copy(inner, copies)
+            for own in inner.find_nodes(op="get_attr"):  # a constant of the block, or a graph within it
+                copies[own].target = f"{node.target}.graph_module.{own.target}"
         elif node.target is operator.getitem and isinstance(env[node.args[0]], tuple | list):
             env[node] = env[node.args[0]][node.args[1]]
         elif node.op == "output":

@@ -6,7 +6,6 @@ alike. ``verify.same_as_eager`` later runs the whole program against the eager m
 
 from __future__ import annotations
 
-import inspect
 import json
 import operator
 from dataclasses import replace
@@ -14,72 +13,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Block, BlockCall, BlockProgram, Body, Capture
-from tokencache_compile.model_state import scales_set
-from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, first_line, lifted_names
-from tokencache_compile.passes.casting_hooks import casting_traced
-
-_ADAPTERS = ("_disable_adapters", "_active_adapter")  # peft's, of one layer
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype)
-
-
-def _is_simple(value: Any) -> bool:
-    """Whether a value, or all that a plain container holds, tells by its ``repr`` what it is (peft keeps scales in dictionaries)."""
-    return all(isinstance(leaf, _SIMPLE) for leaf in pytree.tree_leaves(value))
-
-
-def _simple_attributes(module: nn.Module) -> tuple[Any, ...]:
-    values = {k: v for k, v in module.__dict__.items() if (not k.startswith("_") or k in _ADAPTERS) and k != "training"}
-    return tuple(sorted((k, repr(v)) for k, v in values.items() if _is_simple(v) or inspect.isfunction(v)))
+from tokencache_compile.passes.block_export import export_block, export_counting, structure
+from tokencache_compile.passes.capture import BLOCK_OP, drop_checks, lifted_names
 
 
 def structure_key(call: BlockCall) -> tuple[Any, ...]:
     """Equal for two calls whose blocks run the same code on tensors of the same shapes."""
-    modules = tuple((name, type(m), _simple_attributes(m)) for name, m in call.module.named_modules())
-    tensors = [*call.module.named_parameters(), *call.module.named_buffers()]
-    weights = tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
     leaves = tuple((tuple(v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in call.leaves)
-    return modules, weights, leaves, str(call.in_spec), str(call.out_spec)
-
-
-def _dynamic_shapes(call: BlockCall) -> dict[str, Any]:
-    """``Dim.AUTO`` for every axis longer than 1 (export fixes the others anyway), in the shape torch.export wants it."""
-    auto = [{axis: Dim.AUTO for axis, size in enumerate(v.shape) if size > 1} if isinstance(v, Tensor) else None for v in call.leaves]
-    args, kwargs = pytree.tree_unflatten(auto, call.in_spec)
-    shapes: dict[str, Any] = {}
-    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
-    parameters = [p for p in inspect.signature(call.module.forward).parameters.values() if p.kind not in named]
-    for position, value in enumerate(args):
-        parameter = parameters[min(position, len(parameters) - 1)]
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            shapes[parameter.name] = (*shapes.get(parameter.name, ()), value)
-        else:
-            shapes[parameter.name] = value
-    return {**shapes, **kwargs}
-
-
-def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
-    args, kwargs = pytree.tree_unflatten([v.detach().contiguous() if isinstance(v, Tensor) else v for v in call.leaves], call.in_spec)
-    # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
-    free_axes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-    with torch.no_grad(), free_axes, scales_set(call.module, call.scales), casting_traced(call.module):
-        return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
+    return *structure(call.module), leaves, str(call.in_spec), str(call.out_spec)
 
 
 def _body(name: str, call: BlockCall) -> Body:
     """The block as a graph ``(*weights, *tensor inputs) -> tensor outputs``."""
-    try:
-        exported = _export_block(call)
-    except Exception as error:
-        raise UnsupportedModelError(
-            call.fqn, f"torch.export cannot capture the block with a free token count: {first_line(error)}", "Its tokens are not separable."
-        ) from error
+    return _body_of(name, call, export_block(call))
+
+
+def counting_body(body: Body, call: BlockCall, stream: int, tokens: int) -> Body:
+    """``body`` anew, where the block is told how many ``tokens`` it has; else as it is. See :func:`export_counting`."""
+    exported = export_counting(call, stream, tokens)
+    return body if exported is None else _body_of(body.name, call, exported)
+
+
+def _body_of(name: str, call: BlockCall, exported: torch.export.ExportedProgram) -> Body:
     if any(spec.kind is not OutputKind.USER_OUTPUT for spec in exported.graph_signature.output_specs) or _writes_to_inputs(exported.graph):
         raise UnsupportedModelError(
             call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."

@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from tokencache_compile.ir import Body, Layout, Stream
-from tokencache_compile.passes.cache_ops import add_forecast, extrapolate, forecast_weights, update_score
+from tokencache_compile.passes.cache_ops import add_forecast, extrapolate, forecast_weights, load, store, update_score
+from tokencache_compile.passes.caches import UnitCaches
 from tokencache_compile.passes.context import BodyCopy
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.narrow_linears import narrow_linears
@@ -91,30 +92,28 @@ def _score(update: Any, previous: Any, layout: Layout, tokens: int) -> Any:
     return update_score(update, previous)
 
 
-def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, context_depths: Sequence[int]) -> Region:
+def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, caches: UnitCaches) -> Region:
     """A P-step's block: ``(*weights, *inputs, index, *forecast, *updates, [score], *context) -> (*outputs, *written caches)``.
 
     Gathers the tokens of ``index`` [B, n], runs the body on them and scatters the stream back; every other token adds its
     held or forecast update. Rows and streams of other tokens (text) are computed in full. ``forecast`` is nothing (order 0),
     the m+1 weights [1, 1, 1] that hold for all tokens (only I-steps in the history), or each token's stamps and the step.
     ``updates`` are newest first; the score is there if the scorer keeps one. Which caches are written: see
-    :func:`caches.written_in_p_steps`.
+    :func:`caches.written_in_p_steps`. ``caches`` are those of one of the blocks that call the region.
     """
     region = _RegionGraph(body)
     roles = body.known_roles
     layout, order = roles.layout, config.forecast
     shared = config.history == "full_steps"
     index = region.placeholder("index")
-    if order and shared:
-        forecast = [region.placeholder(f"forecast_weight_{i}") for i in range(order + 1)]
-    elif order:
-        stamps, step = region.placeholder("stamps"), region.placeholder("step")
-        forecast = forecast_weights(stamps, step, order)
-    else:
-        forecast = []
-    updates = [region.placeholder(f"update_{i}") for i in range(order + 1)]
+    given_weights = [region.placeholder(f"forecast_weight_{i}") for i in range(order + 1)] if order and shared else []
+    stamped = [region.placeholder(name) for name in ("stamps", "step")] if order and not shared else []
+    stored = [region.placeholder(f"update_{i}") for i in range(order + 1)]
     score = region.placeholder("score") if config.scorer in ("change", "norm") else None
-    context = [[region.placeholder(f"{config.context}_{i}_{j}") for j in range(depth)] for i, depth in enumerate(context_depths)]
+    stored_context = [[region.placeholder(f"{config.context}_{i}_{j}") for j in range(len(h))] for i, h in enumerate(caches.context)]
+    forecast = forecast_weights(stamped[0], stamped[1], order) if stamped else given_weights
+    updates = [load(value, spec) for value, spec in zip(stored, caches.updates, strict=True)]
+    context = [[load(v, spec) for v, spec in zip(*pair, strict=True)] for pair in zip(stored_context, caches.context, strict=True)]
 
     kept = KeptRows(index, stream, count)
     kept_inputs = list(region.inputs)
@@ -140,13 +139,15 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, c
     output = outputs[roles.stream_output]
     held = add_forecast(x, updates, forecast)
     outputs[roles.stream_output] = kept.put(held, output, layout)
+    new_context = [store(value, spec) for value, spec in zip(new_context, caches.flat_context, strict=False)]
     if shared:
         return region.finish(body, [*outputs, *new_context])
     update = output - x_kept
-    results = [*outputs, kept.put(updates[0], update, layout)]
     older = [kept.take(value, layout) for value in updates[: max(order, 1)]]
-    results += [kept.put(cache, value, layout) for cache, value in zip(updates[1:], older, strict=False)]
+    written = [kept.put(cache, value, layout) for cache, value in zip(updates, [update, *older], strict=False)]
+    results = [*outputs, *(store(value, spec) for value, spec in zip(written, caches.updates, strict=True))]
     if order:
+        stamps, step = stamped
         now = torch.cat([step.expand(stream.batch, count + layout.others, 1), kept.take(stamps, layout)[..., :order]], dim=-1)
         results.append(kept.put(stamps, now, layout))
     if score is not None:

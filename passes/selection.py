@@ -20,12 +20,17 @@ from tokencache_compile.plan import CachePlan
 from tokencache_compile.predictor import CachePredictor
 
 
-def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePredictor, first_inputs: list[Node]) -> Any:
-    """Scores [B, L, N] = head(block 1's structure with the predictor's weights), from block 1's own inputs.
+def below_one(logits: Any) -> Any:
+    """α − 1 without α's rounding, float32: by what the sigmoid of ``logits`` falls short of 1.
 
-    They are α before its sigmoid, which changes no order. A trained α rounds to 1 for many tokens, and such ties fall differently
-    in every engine; and a pair's scores are trained as the sum of these.
+    A trained α rounds to 1 for many tokens, and such ties would fall differently in every engine. Summed over a guidance pair it still
+    orders as α does, which the logits do not. As a quotient, because ONNX Runtime's own sigmoid is off by 1e-8: that is all of it here.
     """
+    return -1.0 / (1.0 + torch.exp(logits.float()))
+
+
+def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePredictor, first_inputs: list[Node]) -> Any:
+    """Scores [B, L, N] = head(block 1's structure with the predictor's weights), from block 1's own inputs: see :func:`below_one`."""
     body = program.body_of(program.blocks[0])
     tensors = {**dict(predictor.block.named_parameters()), **dict(predictor.block.named_buffers())}
     weights = [step.weight(f"predictor.block.{name}", tensors[name]) for name in body.weight_names]
@@ -35,7 +40,7 @@ def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePre
     if layout.others:
         hidden = hidden.narrow(1, layout.before, program.known_stream.tokens)
     head = [step.proxy(step.weight(f"predictor.head.{name}", tensor)) for name, tensor in predictor.head.named_parameters()]
-    return torch.nn.functional.linear(hidden, *head).transpose(1, 2)
+    return below_one(torch.nn.functional.linear(hidden, *head)).transpose(1, 2)
 
 
 def select(step: StepGraph, plan: CachePlan, block: int, kept: int, names: UnitCaches, scores: Any, batch: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 
 from tokencache_compile.errors import InvariantError, UnsupportedModelError
-from tokencache_compile.ir import BlockProgram, Capture, StepProgram
+from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
 from tokencache_compile.macs import MacCounter
+from tokencache_compile.opaque_modules import ON_GRID
+from tokencache_compile.passes.caches import unit_caches
 from tokencache_compile.passes.capture import BLOCK_OP
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.regions import cached_region
@@ -87,6 +90,12 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
     first_of = {block.body: block for block in reversed(program.blocks[: plan.num_cached])}
     for block in first_of.values():
         body = program.body_of(block)
+        if any(node.target is ON_GRID for node in body.graph_module.graph.nodes):
+            raise UnsupportedModelError(
+                block.fqn,
+                f"its tokens mix with their neighbours on the grid, which context={plan.config.context!r} does not know",
+                'Use context="kept".',
+            )
         call, roles, stream = captured.calls[block.index], body.known_roles, program.known_stream
         kept = max(stream.tokens // 2, 1)
         index = torch.randperm(stream.tokens, generator=draw)[:kept].expand(stream.batch, -1).to(stream.device)
@@ -94,7 +103,8 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
         for position in (roles.stream_input, *(c.input for c in roles.companions)):
             tensors[position] = torch.randn(tensors[position].shape, generator=draw).to(tensors[position])
         weights = [program.tensors[name] for name in block.weight_fqns(body)]
-        region = cached_region(body, config, stream, kept, ()).graph_module
+        (caches,) = unit_caches(program, replace(plan, config=config), [CacheUnit(block.index, block.index, False)])
+        region = cached_region(body, config, stream, kept, caches).graph_module
         with torch.no_grad():
             expected = body.graph_module(*weights, *tensors)
             got = region(*weights, *tensors, index, torch.zeros_like(tensors[roles.stream_input]))

@@ -9,8 +9,8 @@ from tiny import Model, sample, sampler
 from torch import Tensor, nn
 
 from tokencache_compile import CacheConfig, CachePredictor, Schedule
-from tokencache_compile.learn.lora import HardPass, HardStep, HardWindow, lora_targets
-from tokencache_compile.passes.pipeline import build_steps
+from tokencache_compile.learn.lora import HardPass, HardStep, HardWindow, lora_targets, low_rank_updates
+from tokencache_compile.passes.pipeline import analysed, steps_of
 
 ROWS, NULL = 2, 1000  # NULL: the label that stands for "unconditional"
 DIT_LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -39,16 +39,16 @@ def shape_of(model: nn.Module) -> tuple[dict[str, int], dict[str, bool], set[str
 
 
 class Hard:
-    """A tiny model with a drawn adapter, captured without and with it, and a window on both; with guidance on pairs of rows."""
+    """A tiny model with a drawn adapter, its steps without and with it, and a window on both; with guidance on pairs of rows."""
 
     def __init__(self, config: CacheConfig, model: Model, predictor: CachePredictor | None = None, guidance: float = 1.0) -> None:
         self.config, self.model, self.scheduler, self.guidance = config, model, sampler(6), guidance
         self.labels = torch.tensor([3, 7])
         self.clean, self.noise = sample(ROWS, seed=21), sample(ROWS, seed=22)
         call = self.make_call(self.clean, self.scheduler.timesteps[0])
-        self.original = build_steps(model, call, config, predictor)
+        self.front, self.predictor = analysed(model, call), predictor
+        self.original = steps_of(*self.front, config, predictor)
         self.targets = lora_targets(model, self.original.program, self.original.plan.last_k)
-        self.call, self.predictor = call, predictor
 
     def make_call(self, x: Tensor, timestep: Tensor) -> dict[str, Any]:
         labels = self.labels
@@ -61,7 +61,7 @@ class Hard:
     def window(self) -> tuple[HardWindow, HardPass, list[nn.Parameter]]:
         """Within the adapter's context."""
         weights = draw_adapter(self.model)
-        adapted = build_steps(self.model, self.call, self.config, self.predictor)
+        adapted = steps_of(*self.front, self.config, self.predictor, low_rank_updates(self.model, self.targets))
         window = HardWindow(self.model, self.original, adapted, self.scheduler, self.guidance)
         return window, HardPass(weights, adapted, self.guidance), weights
 

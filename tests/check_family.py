@@ -1,10 +1,12 @@
-"""The three checks of one family: I exact, P that keeps all tokens, P at ratio 0.9 against the independent reference."""
+"""The checks of one family: I exact, P that keeps all tokens, P at ratio 0.9 against the independent reference; P in ONNX Runtime."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,10 +16,15 @@ from torch import Tensor, nn
 
 from tokencache_compile import CacheConfig, TokenCacheError
 from tokencache_compile.calls import bind_call
+from tokencache_compile.export.graphs import write_graphs
+from tokencache_compile.export.onnxruntime import OnnxSession
+from tokencache_compile.export.session import SessionEngine
+from tokencache_compile.passes.engine_graph import engine_graphs
 from tokencache_compile.passes.pipeline import StepPrograms, analysed, steps_of
 
 CONTEXTS = ("kept", "cached", "full", "reuse")
 TOLERANCE = 1e-5
+ENGINE_TOLERANCE = 1e-4  # another runtime sums in another order
 
 
 @dataclass
@@ -37,6 +44,23 @@ class ContextResult:
 
 
 @dataclass
+class OnnxResult:
+    """The P-step in ONNX Runtime: its largest difference from eager's, relative to the output's largest value, or why there is none."""
+
+    context: str = ""
+    error: float = float("inf")
+    refusal: str = ""
+    failure: str = ""  # as of a context
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= ENGINE_TOLERANCE
+
+    def note(self) -> str:
+        return self.refusal or self.failure or f"{self.context}, {self.error:.0e} from eager's"
+
+
+@dataclass
 class Result:
     """Of one family, over all contexts."""
 
@@ -45,6 +69,7 @@ class Result:
     blocks: str = ""
     streams: str = ""
     contexts: dict[str, ContextResult] = field(default_factory=dict)
+    onnx: OnnxResult | None = None
 
     @property
     def supported(self) -> bool:
@@ -58,6 +83,8 @@ class Result:
         notes = {name: "ok" if c.ok else c.refusal or c.failure or str(c) for name, c in self.contexts.items()}
         if len(set(notes.values())) == 1:
             notes = {"all": next(iter(notes.values()))}
+        if self.onnx is not None:
+            notes["ONNX"] = self.onnx.note()
         parts = [f"{name} {note[:400]}" for name, note in notes.items()]
         return f"{self.key}: {self.blocks}; {self.streams}; {'; '.join(parts)}"
 
@@ -75,10 +102,14 @@ def call_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
+def tensors_of(call: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+
+
 def run(steps: StepPrograms, cached: bool, call: dict[str, Any], caches: Sequence[Tensor], number: int) -> tuple[Tensor, list[Tensor]]:
     """One step: the model's first output, and the caches after it."""
     step = steps.cached[0] if cached else steps.full
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    tensors = tensors_of(call)
     with torch.no_grad():
         results = step.module(*tensors, *steps.step_inputs(number, tensors[0].device), *caches)
     return results[0], list(results[step.num_outputs :])
@@ -133,7 +164,9 @@ class Checked:
         _, filled = run(everything, False, self.now, everything.initial_caches(torch.device("cpu")), 0)
         found.all_kept = error(run(everything, True, again, filled, 1)[0], result_of)
 
-        plain = PlainBlocks(self.model, names, tokens, context, self.entry.text_first, self.entry.reuse_module)
+        entry = self.entry
+        how = {name: getattr(entry, name) for name in ("text_first", "reuse_module", "history", "mixer", "grid")}
+        plain = PlainBlocks(self.model, names, tokens, context, **how)
         plain.full_step(self.first)
         scores = steps.step_inputs(1, torch.device("cpu"))[1][0]
         kept = {name: scores[i].topk(steps.plan.profiles[0][i]).indices for i, name in enumerate(names)}
@@ -142,9 +175,25 @@ class Checked:
         found.changed = error(partly, own(self.model, self.second))
         return found
 
+    def onnx(self, context: str) -> OnnxResult:
+        """The P-step at 0.9 in ONNX Runtime, beside the same in eager."""
+        steps = self.steps(context=context)
+        _, caches = run(steps, False, self.now, steps.initial_caches(torch.device("cpu")), 0)
+        expected, _ = run(steps, True, self.then, caches, 1)
+        names = [f"output_{i}" for i in range(steps.full.num_outputs)]
+        with TemporaryDirectory() as folder:
+            try:
+                (entry,) = write_graphs(engine_graphs(steps, names)[1:], Path(folder))
+                io = entry.graph.io
+                engine = SessionEngine(io, OnnxSession(Path(folder, f"{entry.graph.name}.onnx"), io))
+            except TokenCacheError as refused:
+                return OnnxResult(context, refusal=str(refused))
+            (got, *_), _ = engine(tensors_of(self.then), steps.step_inputs(1, torch.device("cpu")), caches)
+        return OnnxResult(context, error(got, expected))
 
-def check(entry: Family, contexts: Sequence[str] = CONTEXTS) -> Result:
-    """All contexts of a family; no error ends it."""
+
+def check(entry: Family, contexts: Sequence[str] = CONTEXTS, engines: bool = False) -> Result:
+    """All contexts of a family, and where asked for ``engines`` its P-step in ONNX Runtime; no error ends it."""
     result = Result(entry.name, entry.key)
     try:
         checked = Checked(entry)
@@ -157,6 +206,13 @@ def check(entry: Family, contexts: Sequence[str] = CONTEXTS) -> Result:
             result.contexts[context] = checked.context(context)
         except Exception as error:
             result.contexts[context] = _failed(error)
+    if engines and result.supported:
+        right = [context for context, found in result.contexts.items() if found.ok]
+        context = "reuse" if "reuse" in right else right[0]
+        try:
+            result.onnx = checked.onnx(context)
+        except Exception as error:
+            result.onnx = OnnxResult(context, failure=f"{type(error).__name__}: {error}")
     return result
 
 

@@ -22,7 +22,9 @@ class Family:
     """One configuration of one class.
 
     ``text_first``: where text stands in joint attention, for the independent reference; ``reuse_module``: whether its attention
-    module gives the attention alone (else the module adds, gates or mixes in more, and the reference reuses the bare attention).
+    module gives the attention alone (else the module adds, gates or mixes in more, and the reference reuses the bare attention);
+    ``history``: how many tokens of earlier frames stand before the sample's in the stream; ``mixer``: the module of a block that
+    works on the ``grid`` of tokens, whose sizes the block is told.
     """
 
     name: str
@@ -31,6 +33,9 @@ class Family:
     make: Callable[[], tuple[Given, Given]]
     text_first: bool
     reuse_module: bool
+    history: int
+    mixer: str
+    grid: tuple[int, ...]
     std: float
 
     @property
@@ -52,10 +57,18 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(
-    name: str, module: str, variant: str = "", text_first: bool = True, reuse_module: bool = True, std: float = 0.1
+    name: str,
+    module: str,
+    variant: str = "",
+    text_first: bool = True,
+    reuse_module: bool = True,
+    history: int = 0,
+    mixer: str = "",
+    grid: tuple[int, ...] = (),
+    std: float = 0.1,
 ) -> Callable[[Callable[[], tuple[Given, Given]]], Callable[[], tuple[Given, Given]]]:
     def add(make: Callable[[], tuple[Given, Given]]) -> Callable[[], tuple[Given, Given]]:
-        entry = Family(name, module, variant, make, text_first, reuse_module, std)
+        entry = Family(name, module, variant, make, text_first, reuse_module, history, mixer, grid, std)
         FAMILIES[entry.key] = entry
         return make
 
@@ -326,7 +339,7 @@ def _() -> tuple[Given, Given]:
     }
 
 
-@family("SanaTransformer2DModel", "sana_transformer")
+@family("SanaTransformer2DModel", "sana_transformer", mixer="ff", grid=(H, W))
 def _() -> tuple[Given, Given]:
     config = {**LATENT, "patch_size": 1, "num_layers": 3, "attention_head_dim": 4, "num_attention_heads": 4, "num_cross_attention_heads": 2}
     config |= {"cross_attention_head_dim": 8, "cross_attention_dim": 16, "caption_channels": 8, "sample_size": 32}
@@ -351,7 +364,8 @@ def _() -> tuple[Given, Given]:
 
 @family("AllegroTransformer3DModel", "transformer_allegro")
 def _() -> tuple[Given, Given]:
-    config = {**PAIR, **LATENT, "num_layers": 3, "cross_attention_dim": 32, "sample_width": 10, "sample_height": 8, "sample_frames": 8}
+    config = {**LATENT, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3, "cross_attention_dim": 24}
+    config |= {"sample_width": 10, "sample_height": 8, "sample_frames": 8}
     return {**config, "caption_channels": 24}, {
         "hidden_states": r(B, 4, 2, 8, 10),
         "encoder_hidden_states": r(B, S, 24),
@@ -374,6 +388,14 @@ def _() -> tuple[Given, Given]:
     inputs["hidden_states"] = r(B, 4, 4, 8, 12)
     times = {"timestep": torch.full((B, 4), 500.0), "r_timestep": torch.full((B, 4), 250.0)}
     return config, {**inputs, **times, "chunk_partition": [2, 2]}
+
+
+@family("BriaFibo2Transformer2DModel", "transformer_bria_fibo2")
+def _() -> tuple[Given, Given]:
+    config = {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 24}
+    config |= {"injection_layer_ids": (1,), "perceiver_num_layers": 1, "min_num_gist_tokens": 3, "max_num_gist_tokens": 9, "gist_step": 3}
+    config |= {"gist_min_text_len": 1, "gist_max_text_len": 8, "axes_dims": (4, 4, 8), "axes_lens": (64, 16, 16)}
+    return config, {"hidden_states": r(B, 4, 8, 10), "timestep": t(0.5, False), "encoder_hidden_states": r(B, 2, S, 24)}
 
 
 @family("ChronoEditTransformer3DModel", "transformer_chronoedit")
@@ -403,6 +425,33 @@ def _() -> tuple[Given, Given]:
     }
 
 
+@family("Cosmos3OmniTransformer", "transformer_cosmos3")
+def _() -> tuple[Given, Given]:
+    config = {"head_dim": 16, "hidden_size": 32, "intermediate_size": 48, "latent_channel": 4, "num_attention_heads": 2}
+    config |= {"num_hidden_layers": 3, "num_key_value_heads": 1, "patch_latent_dim": 16, "rope_axes_dim": (4, 2, 2), "vocab_size": 64}
+    length = S + 2 * H * W
+    return config, {
+        "vision_tokens": [r(1, 4, 2, 8, 10)],
+        "input_ids": torch.arange(S),
+        "text_indexes": torch.arange(S),
+        "position_ids": torch.arange(length).repeat(3, 1),
+        "und_len": S,
+        "sequence_length": length,
+        "vision_token_shapes": [(2, H, W)],
+        "vision_sequence_indexes": torch.arange(S, length),
+        "vision_mse_loss_indexes": torch.arange(S, length),
+        "vision_timesteps": torch.full((2 * H * W,), 500.0),
+        "vision_noisy_frame_indexes": [torch.arange(2)],
+    }
+
+
+@family("DreamLiteTransformer2DModel", "transformer_2d_dreamlite")
+def _() -> tuple[Given, Given]:
+    config = {**PAIR, "in_channels": 32, "num_layers": 3, "norm_num_groups": 8, "cross_attention_dim": 24, "qk_norm": "rms_norm"}
+    config["ff_mult"] = 2
+    return config, {"hidden_states": r(B, 32, H, W), "encoder_hidden_states": r(B, S, 24), "timestep": t(500)}
+
+
 @family("EasyAnimateTransformer3DModel", "transformer_easyanimate")
 def _() -> tuple[Given, Given]:
     config = {**PAIR, **LATENT, "mmdit_layers": 3, "num_layers": 3, "patch_size": 2, "sample_height": 60, "sample_width": 90}
@@ -430,7 +479,7 @@ def _() -> tuple[Given, Given]:
     return config, {**inputs, "img_ids": r(H * W, 4), "txt_ids": r(S, 4)}
 
 
-@family("HeliosTransformer3DModel", "transformer_helios")
+@family("HeliosTransformer3DModel", "transformer_helios", history=42)
 def _() -> tuple[Given, Given]:
     config, inputs = wan(rope_dim=(4, 4, 4), has_multi_term_memory_patch=True, guidance_cross_attn=True)
     config |= {"zero_history_timestep": True, "is_amplify_history": False}
@@ -445,10 +494,10 @@ def _() -> tuple[Given, Given]:
 @family("HiDreamImageTransformer2DModel", "transformer_hidream_image", text_first=False)
 def _() -> tuple[Given, Given]:
     config = {**LATENT, "patch_size": 2, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 4}
-    config |= {"caption_channels": [8, 4], "text_emb_dim": 8, "num_routed_experts": 2, "num_activated_experts": 2}
+    config |= {"caption_channels": [8, 4], "text_emb_dim": 8, "num_routed_experts": 4, "num_activated_experts": 2}
     config |= {"axes_dims_rope": (4, 2, 2), "max_resolution": (16, 20), "llama_layers": (0, 1, 0, 1), "force_inference_output": True}
     return config, {
-        "hidden_states": r(B, 4, 8, 10),
+        "hidden_states": r(B, 4, 10, 10),
         "encoder_hidden_states_t5": r(B, S, 8),
         "encoder_hidden_states_llama3": r(2, B, S, 4),
         "pooled_embeds": r(B, 8),
@@ -484,21 +533,22 @@ def _() -> tuple[Given, Given]:
         "hidden_states": r(B, 4, 2, H, W),
         "timestep": t(500.0, False),
         "encoder_hidden_states": r(B, 6, 24),
-        "encoder_attention_mask": torch.ones(B, 6),
+        "encoder_attention_mask": torch.tensor([[1.0] * 6, [1.0] * 4 + [0.0] * 2]),
         "encoder_hidden_states_2": r(B, 5, 12),
-        "encoder_attention_mask_2": torch.ones(B, 5),
+        "encoder_attention_mask_2": torch.tensor([[1.0] * 5, [1.0] * 2 + [0.0] * 3]),
         "image_embeds": torch.zeros(B, 3, 8),
     }
 
 
-@family("HunyuanVideoFramepackTransformer3DModel", "transformer_hunyuan_video_framepack", text_first=False)
+@family("HunyuanVideoFramepackTransformer3DModel", "transformer_hunyuan_video_framepack", text_first=False, history=50)
 def _() -> tuple[Given, Given]:
     config, inputs = hunyuan_video()
     config |= {"has_image_proj": True, "image_proj_dim": 24, "has_clean_x_embedder": True}
     inputs.pop("encoder_attention_mask")
     frames = {"latents_clean": 2, "latents_history_2x": 2, "latents_history_4x": 8}
     history = {name: r(B, 4, n, 8, 10) for name, n in frames.items()} | {f"indices_{name}": torch.ones(n) for name, n in frames.items()}
-    more = {"image_embeds": r(B, 5, 24), "indices_latents": torch.ones(2), "encoder_attention_mask": torch.ones(B, S)}
+    more = {"image_embeds": r(B, 5, 24), "indices_latents": torch.ones(2)}
+    more["encoder_attention_mask"] = torch.tensor([[1.0] * S, [1.0] * 5 + [0.0] * 2])
     return config, {**inputs, **more, **history}
 
 
@@ -558,6 +608,27 @@ def _() -> tuple[Given, Given]:
         "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(5)],
         "text_rope_pos": torch.arange(S),
     }
+
+
+@family("Kandinsky6Transformer3DModel", "transformer_kandinsky6")
+def _() -> tuple[Given, Given]:
+    config = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 24, "in_text_dim2": 12, "time_dim": 16, "model_dim": 32, "ff_dim": 48}
+    config |= {"num_text_blocks": 1, "num_visual_blocks": 3, "axes_dims": (4, 6, 6), "in_audio_dim": 5, "out_audio_dim": 5}
+    config |= {"text_token_padding": True, "ca_rope": True, "cross_gates": True, "fix_modulation": True}
+    return config, {
+        "hidden_states": r(B, 2, 8, 10, 9),
+        "encoder_hidden_states": r(B, S, 24),
+        "pooled_projections": r(B, 12),
+        "timestep": t(500.0, False),
+        "audio_hidden_states": r(B, 9, 5),
+    }
+
+
+@family("Kandinsky6SRTransformer3DModel", "transformer_kandinsky6_sr")
+def _() -> tuple[Given, Given]:
+    config = {"in_visual_dim": 4, "out_visual_dim": 4, "time_dim": 16, "model_dim": 32, "ff_dim": 48, "num_visual_blocks": 3}
+    config |= {"axes_dims": (4, 6, 6), "nabla_window": (1, 1, 1)}
+    return config, {"hidden_states": r(B, 2, 8, 16, 9), "timestep": t(500.0, False)}
 
 
 @family("Krea2Transformer2DModel", "transformer_krea2", reuse_module=False)
@@ -656,6 +727,12 @@ def _() -> tuple[Given, Given]:
     return {**config, "rotary_dim": 4, "fourier_embedding_dim": 8}, inputs
 
 
+@family("MiniMaxMusic3RVQDepthDecoder", "minimax_music3_rvq_depth_decoder")
+def _() -> tuple[Given, Given]:
+    config = {"hidden_size": 32, "num_layers": 3, "num_attention_heads": 2, "intermediate_size": 48, "audio_vocab_size": 64}
+    return config, {"inputs_embeds": r(B, 11, 32)}
+
+
 @family("MotifVideoTransformer3DModel", "transformer_motif_video", text_first=False)
 def _() -> tuple[Given, Given]:
     config = {"in_channels": 33, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2}
@@ -701,7 +778,81 @@ def _() -> tuple[Given, Given]:
     return {**config, "axes_dim": [8, 8]}, inputs
 
 
-@family("SanaVideoTransformer3DModel", "transformer_sana_video")
+@family("PriorTransformer", "prior_transformer")
+def _() -> tuple[Given, Given]:
+    """As Shap-E has it: the sample is a sequence (of the other priors it is a single token)."""
+    config = {**PAIR, "num_layers": 3, "embedding_dim": 8, "num_embeddings": 22, "additional_embeddings": 0, "time_embed_dim": 24}
+    config |= {"time_embed_act_fn": "gelu", "norm_in_type": "layer", "embedding_proj_norm_type": "layer", "encoder_hid_proj_type": None}
+    config |= {"added_emb_type": None, "embedding_proj_dim": 12, "clip_embed_dim": 16}
+    return config, {"hidden_states": r(B, 20, 8), "timestep": t(500), "proj_embedding": r(B, 12)}
+
+
+@family("QwenImage21Transformer2DModel", "transformer_qwenimage21")
+def _() -> tuple[Given, Given]:
+    config = {**PAIR, "in_channels": 8, "out_channels": 8, "num_layers": 3, "context_in_dim": 24, "axes_dims_rope": (4, 4, 8)}
+    slots = H * W // 4  # of the target image, each for 2x2 of its tokens
+    return config, {
+        "hidden_states": r(B, H * W, 8),
+        "encoder_hidden_states": r(B, S, 24),
+        "timestep": t(0.5, False),
+        "img_shapes": [[(1, H, W)]] * B,
+        "img_mask": torch.tensor([[False] * S + [True] * slots] * B),
+    }
+
+
+@family("RFD4ProteinaTransformer", "transformer_rfd4_proteina", reuse_module=False)
+def _() -> tuple[Given, Given]:
+    config = {"nlayers": 3, "token_dim": 32, "nheads": 2, "dim_cond": 24, "pair_repr_dim": 12, "latent_dim": 8, "token_type_emb_dim": 4}
+    config |= {"cath_emb_dim": 4, "t_emb_dim": 16, "seq_sep_dim": 6, "xt_pair_dist_dim": 10, "tri_mult_c": 6}
+    config["feats_seq"] = ("xt_bb_ca", "xt_local_latents", "token_type", "sequence_probabilities")
+    yes = torch.ones(B, 20, dtype=torch.bool)
+    return config, {
+        "bb_ca": r(B, 20, 3),
+        "local_latents": r(B, 20, 8),
+        "bb_ca_time": t(0.5, False),
+        "local_latents_time": t(0.5, False),
+        "padding_mask": yes,
+        "token_type": torch.zeros(B, 20, dtype=torch.long),
+        "conditioning": {
+            "is_in_context_conditioning": ~yes,
+            "supports_local_latent": yes,
+            "condition_index-group_1_token": torch.arange(20).repeat(B, 1) // 5,
+            "molecule_iid": torch.arange(20).repeat(B, 1) // 10,
+            "molecule_entity_id": torch.zeros(B, 20),
+            "token_bond_path_length": torch.arange(20).repeat(B, 20, 1) % 6,
+        },
+    }
+
+
+@family("SanaWMTransformer3DModel", "transformer_sana_wm")
+def _() -> tuple[Given, Given]:
+    config = {"in_channels": 4, "num_layers": 3, "hidden_size": 32, "num_attention_heads": 2, "softmax_every_n": 2, "linear_head_dim": 16}
+    config |= {"chunk_plucker_channels": 12, "caption_channels": 24, "mlp_ratio": 2.0}
+    return config, {
+        "hidden_states": r(B, 4, 2, H, W),
+        "timestep": torch.full((B, 1, 2), 500.0),
+        "encoder_hidden_states": r(B, 1, S, 24),
+        "encoder_attention_mask": torch.ones(B, S),
+        "camera_conditions": torch.cat([torch.eye(4).flatten().repeat(B, 2, 1), torch.tensor([5.0, 5.0, 2.5, 2.0]).repeat(B, 2, 1)], -1),
+        "chunk_plucker": r(B, 12, 2, H, W),
+    }
+
+
+@family("SanaWMLTX2RefinerTransformer3DModel", "transformer_sana_wm_refiner")
+def _() -> tuple[Given, Given]:
+    config = {**PAIR, **LATENT, "cross_attention_dim": 32, "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2}
+    config |= {"audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "num_layers": 3, "caption_channels": 24}
+    angles = r(B, 2 * H * W, 32)
+    return config, {
+        "hidden_states": r(B, 2 * H * W, 4),
+        "encoder_hidden_states": r(B, S, 24),
+        "timestep": torch.full((B, 2 * H * W), 500.0),
+        "video_rotary_emb": (angles.cos(), angles.sin()),
+        "encoder_attention_mask": torch.ones(B, S),
+    }
+
+
+@family("SanaVideoTransformer3DModel", "transformer_sana_video", mixer="ff", grid=(2, H, W))
 def _() -> tuple[Given, Given]:
     config = {"in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 3}
     config |= {"num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16}
@@ -739,6 +890,48 @@ def _() -> tuple[Given, Given]:
 def _() -> tuple[Given, Given]:
     config = {**PAIR, "in_channels": 32, "num_layers": 3, "norm_num_groups": 8, "cross_attention_dim": 24, "sample_size": 8}
     return config, {"hidden_states": r(B, 32, H, W), "encoder_hidden_states": r(B, S, 24), "timestep": t(500)}
+
+
+@family("TransformerTemporalModel", "transformer_temporal")
+def _() -> tuple[Given, Given]:
+    config = {**PAIR, "in_channels": 8, "num_layers": 3, "norm_num_groups": 4}
+    return config, {"hidden_states": r(2 * 20, 8, 3, 2), "timestep": t(500), "num_frames": 20}
+
+
+@family("T5FilmDecoder", "t5_film_transformer")
+def _() -> tuple[Given, Given]:
+    config = {"input_dims": 6, "targets_length": 20, "d_model": 32, "num_layers": 3, "num_heads": 2, "d_kv": 16, "d_ff": 48}
+    return config, {
+        "decoder_input_tokens": r(B, 20, 6),
+        "encodings_and_masks": [(r(B, S, 32), torch.ones(B, S)), (r(B, 5, 32), torch.ones(B, 5))],
+        "decoder_noise_time": t(0.5, False),
+    }
+
+
+@family("WanAnimateTransformer3DModel", "transformer_wan_animate")
+def _() -> tuple[Given, Given]:
+    config, inputs = wan(in_channels=12, latent_channels=4, image_dim=None, motion_encoder_size=16, motion_style_dim=8, motion_dim=4)
+    config |= {"motion_encoder_dim": 8, "face_encoder_hidden_dim": 8, "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2}
+    config |= {"num_layers": 4, "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8}}
+    more = {"pose_hidden_states": r(B, 4, 2, 8, 10), "face_pixel_values": r(B, 3, 8, 16, 16)}
+    return config, {**inputs, "hidden_states": r(B, 12, 3, 8, 10), **more}
+
+
+@family("WanAnimate2Transformer3DModel", "transformer_wan_animate_2")
+def _() -> tuple[Given, Given]:
+    owner = importlib.import_module("diffusers.models.transformers.transformer_wan_animate_2")
+    config = {"text_len": S, "in_dim": 12, "dim": 24, "ffn_dim": 48, "freq_dim": 16, "text_dim": 16, "out_dim": 4, "num_heads": 2}
+    config |= {"num_layers": 3, "use_img_emb": False}
+    return config, {
+        "hidden_states": [r(4, 2, 8, 10)],
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": [r(S, 16)],
+        "condition_latents": [r(8, 2, 8, 10)],
+        "kv_cache": owner.WanAnimate2KVCache(3),
+        "kv_cache_mode": "extract",
+        "seq_len": 2 * H * W,
+        "offset_grid_sizes": torch.tensor([[2, H, W]]),
+    }
 
 
 @family("WanVACETransformer3DModel", "transformer_wan_vace")

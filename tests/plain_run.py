@@ -50,8 +50,9 @@ def reference_run(
     predictor: CachePredictor | None,
     seed: int,
     steps: int,
+    refined: Model = None,
 ) -> tuple[list[Tensor], float]:
-    """A plain run, and the smallest margin of its selections."""
+    """A plain run, its P-steps on the ``refined`` model if there is one, and the smallest margin of its selections."""
     external = config.scorer in ("random", "predictor")
     loop = PlainLoop(
         model,
@@ -74,9 +75,10 @@ def reference_run(
         elif predictor is not None:
             args, kwargs = first_block_call(model, **given_now)
             with torch.no_grad():
-                scores = torch.logit(predictor(*args, **kwargs).double())[:, : len(profiles[0])]
+                scores = predictor(*args, **kwargs)[:, : len(profiles[0])]
         loop.keep = list(profiles[config.groups[min(step, len(config.groups) - 1)] if config.groups else 0])
         full = (config.schedule.full is None and step % config.schedule.every == 0) or step in (config.schedule.full or ())
+        loop.model = model if full or refined is None else refined
         if not full:
             seen = [state.score for state in loop.state] if scores is None else list(scores.unbind(1))
             smallest = min(smallest, margin(seen, loop.keep, config.selection))
@@ -99,10 +101,11 @@ def safe_run(
     profiles: Sequence[Sequence[int]],
     predictor: CachePredictor | None = None,
     steps: int = 20,
+    refined: Model = None,
 ) -> tuple[int, list[Tensor]]:
     """The first noise from which no selection hangs on rounding, and the plain run from there."""
     for seed in range(20):
-        outputs, smallest = reference_run(model, kind, config, profiles, predictor, seed, steps)
+        outputs, smallest = reference_run(model, kind, config, profiles, predictor, seed, steps, refined)
         if smallest > SAFE_MARGIN:
             return seed, outputs
     pytest.fail("every noise made a selection that hangs on rounding")

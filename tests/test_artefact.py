@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,12 +20,12 @@ from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig
 from plain_run import make_predictor
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, Model, build, inputs, parameters_unchanged, run, same_bits
+from tiny import LAYERS, Model, build, parameters_unchanged, run, same_bits
 from torch import Tensor, nn
 
 import tokencache_compile
 from tokencache_compile import CacheArtefact, CacheConfig, CachePredictor, ConfigError, Schedule, artefact
-from tokencache_compile.artefact import ADAPTER_NAME, load_lora
+from tokencache_compile.artefact import load_lora
 from tokencache_compile.fingerprint import explain_difference, fingerprint
 
 STEPS = 6
@@ -51,10 +50,10 @@ FILES = {
 }
 
 
-def adapter(folder: Path, model: Model, target: str = LAST_BLOCK, seed: int = 7) -> Path:
+def adapter(folder: Path, model: Model, target: str = LAST_BLOCK, **changes: Any) -> Path:
     """A peft adapter as its own ``save_pretrained`` writes it; ``model`` is used up."""
-    torch.manual_seed(seed)
-    wrapped: Any = peft.get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=target, init_lora_weights=False))
+    torch.manual_seed(7)
+    wrapped: Any = peft.get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=target, init_lora_weights=False, **changes))
     wrapped.save_pretrained(folder)
     return folder
 
@@ -153,8 +152,8 @@ def test_the_same_model_is_the_same(model: Model) -> None:
 
 
 def test_adapters_do_not_change_the_base(model: Model, saved: Path) -> None:
-    found, with_adapter = fingerprint(model), build("dit")
-    load_lora(with_adapter, saved / "lora")
+    found = fingerprint(model)
+    with_adapter: Any = peft.PeftModel.from_pretrained(build("dit"), str(saved / "lora")).get_base_model()
     assert any("lora_A" in name for name, _ in with_adapter.named_parameters())
     assert fingerprint(with_adapter) == found
     assert fingerprint(peft.get_peft_model(build("dit"), LoraConfig(target_modules=LAST_BLOCK))) == found
@@ -464,7 +463,7 @@ def test_listed_names(folder: Path, model: Model) -> None:
         ({"schedule": {"every": 2, "full": [1, 2]}}, r"\.schedule: full=\(1, 2\)"),
         ({"schedule": {"every": 2}}, r"\.schedule has every for a Schedule; exactly every, full are needed"),
         ({"schedule": None}, r"\.schedule is None, where an object is needed"),
-        ({"speed": 2}, r" has context, .*speed for a CacheConfig; exactly"),
+        ({"speed": 2}, r" has cache_dtype, .*speed for a CacheConfig; exactly"),
     ],
 )
 def test_settings_that_are_invalid(change: dict[str, Any], reason: str, folder: Path, model: Model) -> None:
@@ -476,7 +475,7 @@ def test_a_setting_that_is_missing(folder: Path, model: Model) -> None:
     config = manifest(folder)["config"]
     del config["ratio"]
     edit(folder, config=config)
-    refused(folder, model, r"for a CacheConfig; exactly context, .*ratio.* are needed")
+    refused(folder, model, r"for a CacheConfig; exactly cache_dtype, .*ratio.* are needed")
 
 
 def test_settings_and_files_that_do_not_agree(folder: Path, model: Model) -> None:
@@ -617,61 +616,31 @@ def test_push_and_load_again(saved: Path, model: Model, tmp_path: Path, monkeypa
 # --- the adapter ----------------------------------------------------------------------------------------------------
 
 
-def delta(path: Path, layer: str, x: Tensor) -> Tensor:
-    """What the adapter in ``path`` adds to a linear layer's output: alpha/r · B A x."""
-    weights = load_file(path / "adapter_model.safetensors")
-    a, b = (weights[f"base_model.model.{layer}.lora_{name}.weight"] for name in "AB")
-    return 4 / 2 * (x @ a.t() @ b.t())
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"rank_pattern": {"to_q": 3}}], ids=["plain", "rslora", "ranks"])
+def test_the_adapter_is_read_and_the_model_left_alone(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Against what peft's own layers give."""
+    path, model = adapter(tmp_path / "lora", build("dit"), **changes), build("dit")
+    with parameters_unchanged(model):
+        updates = {update.module: update for update in load_lora(model, path)}
+    assert not hasattr(model, "peft_config") and set(updates) == {"transformer_blocks.3.attn1.to_q", "transformer_blocks.3.ff.net.2"}
+    theirs: Any = peft.PeftModel.from_pretrained(build("dit"), str(path)).get_base_model()
+    for name, update in updates.items():
+        layer = theirs.get_submodule(name)
+        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.testing.assert_close(model.get_submodule(name)(x) + x @ update.down.t() @ update.up.t(), layer(x))
 
 
-def test_the_adapter_is_loaded_and_both_run(saved: Path) -> None:
-    layer, x = "transformer_blocks.3.attn1.to_q", torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    model = build("dit")
-    model._hf_peft_config_loaded = False  # as on diffusers models with adapter methods of their own
-    with parameters_unchanged(model.transformer_blocks[0]):
-        plain = model.get_submodule(layer)(x).detach()
-        load_lora(model, saved / "lora")
-    assert model._hf_peft_config_loaded is True
-    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" not in name)
-    assert not any(module.training for module in model.modules())
-    with torch.no_grad():
-        torch.testing.assert_close(model.get_submodule(layer)(x), plain + delta(saved / "lora", layer, x))
-
-
-def test_another_adapter_stays_active(saved: Path, tmp_path: Path) -> None:
-    layer, x = "transformer_blocks.3.attn1.to_q", torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
-    first = "transformer_blocks.0.attn1.to_q"
-    style = adapter(tmp_path / "style", build("dit"), r"transformer_blocks\.[03]\.attn1\.to_q", seed=9)
-    model: Any = build("dit")
-    plain, plain_first = model.get_submodule(layer)(x).detach(), model.get_submodule(first)(x).detach()
-    wrapped: Any = peft.PeftModel.from_pretrained(model, str(style), adapter_name="style")
-    model = wrapped.get_base_model()
-    load_lora(model, saved / "lora")
-    with torch.no_grad():
-        torch.testing.assert_close(model.get_submodule(layer)(x), plain + delta(saved / "lora", layer, x) + delta(style, layer, x))
-        torch.testing.assert_close(model.get_submodule(first)(x), plain_first + delta(style, first, x))
-
-
-def test_an_adapter_that_is_there_already_is_used(saved: Path) -> None:
+def test_a_model_that_carries_the_adapter_is_refused(saved: Path) -> None:
     model: Any = peft.PeftModel.from_pretrained(build("dit"), str(saved / "lora"), adapter_name="mine").get_base_model()
-    load_lora(model, saved / "lora")
-    assert list(model.peft_config) == ["mine"]
-    again = build("dit")
-    load_lora(again, saved / "lora")
-    load_lora(again, saved / "lora")
-    assert list(again.peft_config) == [ADAPTER_NAME]
+    with parameters_unchanged(model), pytest.raises(ConfigError, match=r"carries the adapter in .* already, in every step"):
+        tokencache_compile.transform(model, saved, backend="eager")
 
 
-def test_transform_loads_the_adapter(saved: Path) -> None:
-    """Against peft's own loading, and with the P-steps of the predictor."""
-    theirs: Any = peft.PeftModel.from_pretrained(build("dit"), str(saved / "lora")).get_base_model()
-    predictor = make_predictor(build("dit"))
-    expected = run(tokencache_compile.transform(theirs.eval(), CONFIG, predictor=predictor, backend="eager"), "dit", STEPS)
+def test_transforming_again_adds_nothing(saved: Path) -> None:
     model = build("dit")
-    plain = run(model, "dit", STEPS)
-    got = run(tokencache_compile.transform(model, saved, backend="eager"), "dit", STEPS)
-    assert same_bits(got, expected)
-    assert not torch.equal(got[0], plain[0])  # the first step is an I-step: that is the adapter's doing
+    first = run(tokencache_compile.transform(model, saved, backend="eager"), "dit", STEPS)
+    assert same_bits(run(tokencache_compile.transform(model, saved, backend="eager"), "dit", STEPS), first)
 
 
 def test_the_adapter_is_not_loaded_into_another_model(saved: Path) -> None:
@@ -687,49 +656,60 @@ def wrong_shape(state: dict[str, Tensor]) -> None:
     state[name] = torch.zeros(7, 7)
 
 
-def too_much(state: dict[str, Tensor]) -> None:
-    state["base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight"] = torch.zeros(2, 32)
+def nowhere(state: dict[str, Tensor]) -> None:
+    state["base_model.model.transformer_blocks.7.attn1.to_q.lora_A.weight"] = torch.zeros(2, 32)
+    state["base_model.model.transformer_blocks.7.attn1.to_q.lora_B.weight"] = torch.zeros(32, 2)
 
 
 def too_little(state: dict[str, Tensor]) -> None:
     del state[next(iter(state))]
 
 
-@pytest.mark.parametrize("with_style", [False, True])
+def no_linear(state: dict[str, Tensor]) -> None:
+    state["base_model.model.transformer_blocks.3.norm1.lora_A.weight"] = torch.zeros(2, 32)
+    state["base_model.model.transformer_blocks.3.norm1.lora_B.weight"] = torch.zeros(32, 2)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (wrong_shape, "size mismatch"),
-        (too_much, r"the model has no place for transformer_blocks\.0\.attn1\.to_q\.lora_A"),
-        (too_little, r"it has no weights for transformer_blocks\.3"),
+        (wrong_shape, r"is 32 → 32, and the adapter's A and B are \(7, 7\) and \(32, 2\)"),
+        (nowhere, r"the model has no transformer_blocks\.7\.attn1\.to_q"),
+        (too_little, r"it has no weights lora_A for transformer_blocks\.3\.attn1\.to_q"),
+        (no_linear, r"transformer_blocks\.3\.norm1 is no torch\.nn\.Linear"),
     ],
 )
-def test_an_adapter_that_does_not_fit(
-    spoil: Callable[[dict[str, Tensor]], None], reason: str, with_style: bool, folder: Path, tmp_path: Path
-) -> None:
-    path = folder / "lora" / "adapter_model.safetensors"
+def test_an_adapter_that_does_not_fit(spoil: Callable[[dict[str, Tensor]], None], reason: str, folder: Path) -> None:
+    path, model = folder / "lora" / "adapter_model.safetensors", build("dit")
     state = load_file(path)
     spoil(state)
     save_file(state, path)
-    model: Any = build("dit")
-    if with_style:
-        style = adapter(tmp_path / "style", build("dit"), r"transformer_blocks\.[03]\.attn1\.to_q", seed=9)
-        model = peft.PeftModel.from_pretrained(model, str(style), adapter_name="style").get_base_model()
-    with torch.no_grad():
-        before = model(**inputs("dit")).sample
-    with parameters_unchanged(model), pytest.raises(ConfigError, match=f"(?s)does not fit this DiTTransformer2DModel: .*{reason}"):
+    with parameters_unchanged(model), pytest.raises(ConfigError, match=f"does not fit this DiTTransformer2DModel: .*{reason}"):
         load_lora(model, folder / "lora")
-    assert list(getattr(model, "peft_config", {})) == (["style"] if with_style else [])
-    with torch.no_grad():
-        assert torch.equal(model(**inputs("dit")).sample, before)
 
 
-def test_an_adapter_for_other_layers(tmp_path: Path) -> None:
-    path = adapter(tmp_path / "lora", build("pixart"), r"transformer_blocks\.3\.attn2\.to_q")
-    model = build("dit")
-    with parameters_unchanged(model), pytest.raises(ConfigError, match="does not fit this DiTTransformer2DModel"):
-        load_lora(model, path)
-    assert not hasattr(model, "peft_config")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_dora": True}, r"has use_dora=True\. P-steps take plain LoRA"),
+        ({"bias": "all"}, "has bias='all'"),
+        ({"alpha_pattern": {"to_q": 3}}, r"has alpha_pattern=\{'to_q': 3\}"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights='pissa'"),
+        ({"peft_type": "LOHA"}, "is none of peft's LORA"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora(changes: dict[str, Any], reason: str, folder: Path) -> None:
+    path = folder / "lora" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=reason):
+        load_lora(build("dit"), folder / "lora")
+
+
+def test_a_weight_beside_lora_is_refused(folder: Path, model: Model) -> None:
+    path = folder / "lora" / "adapter_model.safetensors"
+    save_file(load_file(path) | {"base_model.model.transformer_blocks.3.attn1.to_q.bias": torch.zeros(32)}, path)
+    with pytest.raises(ConfigError, match=r"holds base_model\.model\.transformer_blocks\.3\.attn1\.to_q\.bias, which is no weight of LoRA"):
+        load_lora(model, folder / "lora")
 
 
 def test_no_adapter(folder: Path, tmp_path: Path, model: Model) -> None:
@@ -738,19 +718,9 @@ def test_no_adapter(folder: Path, tmp_path: Path, model: Model) -> None:
     (folder / "lora" / "adapter_model.safetensors").write_bytes(b"pickled")
     with pytest.raises(ConfigError, match=r"the adapter in \S+ is no safetensors file"):
         load_lora(model, folder / "lora")
-
-
-def test_another_adapter_of_this_name(saved: Path, tmp_path: Path) -> None:
-    model = build("dit")
-    load_lora(model, adapter(tmp_path / "other", build("dit"), seed=8))
-    with parameters_unchanged(model), pytest.raises(ConfigError, match="carries another adapter named 'tokencache'"):
-        load_lora(model, saved / "lora")
-
-
-def test_without_peft(saved: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"peft is not installed.*pip install peft"):
-        load_lora(model, saved / "lora")
+    (folder / "lora" / "adapter_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json is no JSON"):
+        load_lora(model, folder / "lora")
 
 
 # --- transform's second argument ------------------------------------------------------------------------------------
@@ -774,7 +744,12 @@ def test_a_run_by_position_is_that_by_keyword(model: Model) -> None:
     assert same_bits(first, run(tokencache_compile.transform(model, ratio=0.6, **settings), "dit", STEPS))
 
 
-@pytest.mark.parametrize("given", [1.5, True, [0.9], {}, object()])
+def test_plans_of_components_for_a_model(model: Model) -> None:
+    with pytest.raises(ConfigError, match=r"plans of transformer were given with a DiTTransformer2DModel; components are a pipeline's"):
+        tokencache_compile.transform(model, {"transformer": 0.9}, backend="eager")
+
+
+@pytest.mark.parametrize("given", [1.5, True, [0.9], object()])
 def test_a_plan_that_is_nothing(given: Any, model: Model) -> None:
     with pytest.raises(ConfigError, match="ratio="):
         tokencache_compile.transform(model, given, backend="eager")

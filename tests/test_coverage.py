@@ -22,6 +22,7 @@ from tokencache_compile.learn.stack import BlockStack
         ("FluxTransformer2DModel", "2"),
         ("QwenImageTransformer2DModel", "2"),
         ("CogVideoXTransformer3DModel (rotary)", "2"),
+        ("HunyuanVideoFramepackTransformer3DModel", "2 (text +50)"),
     ],
 )
 def test_right_in_every_context(key: str, streams: str) -> None:
@@ -31,7 +32,14 @@ def test_right_in_every_context(key: str, streams: str) -> None:
     assert {name: context.ok for name, context in result.contexts.items()} == dict.fromkeys(CONTEXTS, True), result.line()
 
 
-@pytest.mark.parametrize(("key", "where", "reason"), [("SanaTransformer2DModel", "transformer_blocks.0", "fixes its token count")])
+@pytest.mark.parametrize(
+    ("key", "where", "reason"),
+    [
+        ("AnyFlowFARTransformer3DModel", "blocks.0", "BlockMask"),
+        ("MiniMaxMusic3RVQDepthDecoder", "layers.0", "its attention is causal"),
+        ("WanAnimate2Transformer3DModel", "WanAnimate2Transformer3DModel", "its argument kv_cache is a WanAnimate2KVCache"),
+    ],
+)
 def test_refused_by_name(key: str, where: str, reason: str) -> None:
     (context,) = check(FAMILIES[key], ("kept",)).contexts.values()
     assert context.refusal.startswith(f"{where}: ") and reason in context.refusal, context
@@ -85,6 +93,26 @@ def test_masks_between_tokens_and_joined_streams() -> None:
     for key in ("AceStepTransformer1DModel", "Ideogram4Transformer2DModel"):
         result = check(FAMILIES[key], ("full",))
         assert result.contexts["full"].ok, result.line()
+
+
+def test_streams_without_a_batch_axis() -> None:
+    """Cosmos 3 packs the tokens of one sample, which is not the model's first argument."""
+    checked = Checked(FAMILIES["Cosmos3OmniTransformer"])
+    assert checked.captured.calls[0].tensors[0].shape == (1, 7, 32) and checked.captured.sample_inputs == (3,)
+    assert checked.context("cached").ok and checked.onnx("cached").ok
+
+
+def test_rows_that_a_mask_repeats() -> None:
+    """Qwen-Image 2.1 repeats rows as often as a mask says, and writes the sample into some of them; its shapes are static all the same."""
+    checked = Checked(FAMILIES["QwenImage21Transformer2DModel"])
+    assert checked.context("kept").ok and checked.onnx("kept").ok
+
+
+def test_neighbours_on_the_grid_are_held() -> None:
+    """Sana's feed-forward convolves over the grid; attention among the kept tokens is its only context."""
+    result = check(FAMILIES["SanaTransformer2DModel"], ("kept", "full"))
+    assert result.contexts["kept"].ok, result.line()
+    assert "transformer_blocks.0: its tokens mix with their neighbours on the grid" in result.contexts["full"].refusal
 
 
 def test_training_refuses_blocks_with_text() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import Model, build, inputs
 from torch import Tensor, nn
-from toy import CHANNELS, ToyModel, toy_inputs
+from toy import CHANNELS, ToyBlock, ToyModel, toy_inputs
 
 from tokencache_compile import CacheConfig, CachePredictor, ConfigError
 from tokencache_compile.export.session import SessionEngine
@@ -145,6 +145,22 @@ def check_form(steps: StepPrograms, graphs: Sequence[EngineGraph]) -> None:
         returned: Any = step.module.graph.output_node().args[0]
         for spec, node, after in zip(step.caches, returned[step.num_outputs :], graph.io.next_caches, strict=True):
             assert after == (node.target if node.op == "placeholder" else f"next_{spec.name}")
+
+
+class WithConstant(ToyBlock):
+    """A constant, and a graph of its own (an autocast region), inside the block."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            scaled = x * (1 + 0.1 * torch.tensor([1.0, 2.0] * (CHANNELS // 2)))
+        return super().forward(scaled, condition) - scaled + x
+
+
+def test_what_a_block_brings_along() -> None:
+    """Constants of a block, and graphs within it, come along when its regions are inlined."""
+    torch.manual_seed(0)
+    steps = steps_of(front(ToyModel(WithConstant).eval(), toy_inputs()))
+    compare(steps, engine_graphs(steps, ["sample"]), toy_inputs())
 
 
 @pytest.mark.parametrize("history", ["full_steps", "computed"])

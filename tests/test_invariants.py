@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tokencache_compile import Schedule
 from tokencache_compile.ir import StepProgram
+from tokencache_compile.macs import MacCounter
 from tokencache_compile.passes.pipeline import StepPrograms
 from tokencache_compile.passes.verify import extra_inputs
 
@@ -264,3 +265,18 @@ def test_a_cached_step_changes_no_other_branch() -> None:
     step("cond", 950, 5)
     assert list(dispatcher._tracker.current.branches) == ["cond"]
     assert all(torch.equal(a, b) for a, b in zip([*before, *other], [*cond, *kept], strict=True))
+
+
+# --- beside the five -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", ["kept", "reuse"])
+def test_the_macs_of_a_summary_are_those_that_run(context: str) -> None:
+    """Counted by an operator mode over a whole run, the capture within it left out."""
+    dispatcher = transformed(build("dit"), context=context)
+    counter = MacCounter()
+    with counter:
+        counted = run(dispatcher, "dit", steps=8)
+    summary = dispatcher.summary()
+    assert counter.macs == summary.macs and (summary.full_steps, summary.cached_steps) == (2, 6)
+    assert same_bits(counted, run(transformed(build("dit"), context=context), "dit", steps=8))

@@ -41,7 +41,7 @@ SPECS = TensorSpec("x", (2, 3), torch.float16), TensorSpec("y", (), torch.int64)
 IO = StepIO("P", (3, 0), ("x", "step"), SPECS[:1], SPECS[1:], 1, ("y",), ((0, 3),))
 
 
-@pytest.mark.parametrize("value", [VALUE, INNER, PLAN, IO, CacheSpec("stamps", (1, 1, 3), torch.float32, -1.0)])
+@pytest.mark.parametrize("value", [VALUE, INNER, PLAN, IO, CacheSpec("update", (1, 1, 3), torch.float8_e4m3fn, torch.float32, -1.0)])
 def test_there_and_back(value: Any) -> None:
     text = json.dumps(to_json(value), allow_nan=False)
     back = from_json(type(value), json.loads(text), "file")

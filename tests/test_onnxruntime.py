@@ -32,7 +32,7 @@ from tokencache_compile.sampling import Conditions, sample
 CPU = torch.device("cpu")
 DEMO = DemoSettings()
 PICTURES = 10  # of the demo's 20: one a class, those it shows
-TIE = 1e-5
+TIE = 1e-4  # of a score: rounding moves logits of 20 by about 1e-4, and 1 − α by that share of itself
 
 
 def reference(plan: Any, backend: str = "eager", blocks: int = 12) -> tuple[Any, Any]:
@@ -75,13 +75,12 @@ def check_ties(recorded: Recorded, batch: int) -> int:
     for chosen, here, there in recorded.steps:
         for block, kept in recorded.io.selects:
             a, b = here[f"scores_{block:02d}"], there[f"scores_{block:02d}"]
-            scale = max(1.0, float(b.abs().max()))
-            assert float((a - b).abs().max()) < TIE * scale
+            assert bool(((a - b).abs() <= TIE * b.abs()).all()), (block, a, b)
             wanted = torch.topk(b, kept, dim=1).indices.expand(batch, -1)
             for row, (x, y) in enumerate(zip(chosen[f"index_{block:02d}"].expand(batch, -1).tolist(), wanted.tolist(), strict=True)):
                 if different := sorted(set(x) ^ set(y)):
                     scores = b.expand(batch, -1)[row][different]
-                    assert float(scores.max() - scores.min()) < TIE * scale, (block, row, scores)
+                    assert float(scores.max() - scores.min()) <= TIE * float(scores.abs().max()), (block, row, scores)
                     ties += 1
     return ties
 

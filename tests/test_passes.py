@@ -23,6 +23,7 @@ from tokencache_compile.passes.capture import capture
 from tokencache_compile.passes.narrow_linears import narrow_linears
 from tokencache_compile.passes.pipeline import StepPrograms
 from tokencache_compile.passes.regions import Region
+from tokencache_compile.passes.selection import below_one
 from tokencache_compile.passes.verify import same_as_eager, verify_blocks, verify_step
 
 CACHED = LAYERS - LAST_K
@@ -196,6 +197,18 @@ def test_ratio_one_does_not_ask_the_predictor() -> None:
     model = build("dit")
     steps = transformed(model, ratio=1.0, predictor=make_predictor(model), example_inputs=inputs("dit")).steps
     assert steps.macs_cached == (ROWS * dit_macs(model.config, [0] * CACHED + [None]),)
+
+
+def test_scores_order_as_alpha_does_without_its_ties() -> None:
+    """Against float64: logits up to 30, whose α all round to 1 in float32 from 17 on; single tokens, and sums of pairs."""
+    logits = torch.linspace(-10, 30, 4001)
+    scores, exact = below_one(logits), -torch.sigmoid(-logits.double())
+    assert bool((scores.diff() > 0).all()) and int((torch.sigmoid(logits).diff() == 0).sum()) > 500
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=0)
+    first, second = (torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    pairs = (exact[first] + exact[second])[(scores[first] + scores[second]).argsort()]
+    assert float(pairs.diff().min()) > -1e-6
+    assert float((exact[first] + exact[second])[(logits[first] + logits[second]).argsort()].diff().min()) < -0.1  # the logits' own order
 
 
 def test_blocks_skipped_in_one_profile_only_stay_apart() -> None:

@@ -8,22 +8,40 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from adapters import CONFIG, DIT_LINEARS, NULL, ROWS, Hard, names_of, shape_of
-from plain_run import make_predictor
+from plain_run import assert_close, make_predictor, safe_run
 from safetensors.torch import load_file
-from tiny import Model, build, call_of, ddim, parameters_unchanged, sample, sampler, transformed
+from tiny import (
+    TOKENS,
+    Model,
+    build,
+    call_of,
+    conditions,
+    ddim,
+    inputs,
+    parameters_unchanged,
+    same_bits,
+    sample,
+    sampler,
+    transformed,
+)
 from torch import Tensor, nn
 
-from tokencache_compile import CacheConfig, Schedule
+import tokencache_compile
+from tokencache_compile import CacheArtefact, CacheConfig, Schedule
 from tokencache_compile.errors import ConfigError, InputError
+from tokencache_compile.export.manifest import WEIGHTS
+from tokencache_compile.fingerprint import fingerprint
 from tokencache_compile.learn.loop import Batches
 from tokencache_compile.learn.lora import added_lora, refine
 from tokencache_compile.learn.train import TrainingConfig
 
 peft = pytest.importorskip("peft")
+BaseTunerLayer = pytest.importorskip("peft.tuners.tuners_utils").BaseTunerLayer
 
 TRAINING = TrainingConfig(steps=4, batch=ROWS, lr=1e-3, label_dropout=0.0, sampling_steps=6, checkpoint_every=2)
 LONG = replace(TRAINING, steps=60, lr=1e-2)
@@ -48,13 +66,15 @@ class Data:
         return self.samples[index], {"class_labels": torch.tensor(index)}
 
 
-def load_adapter(model: Model, folder: Path) -> Model:
-    """Put an adapter into ``model`` by peft's own functions."""
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    peft.inject_adapter_in_model(config, model)
-    weights = load_file(folder / "adapter_model.safetensors")
-    result = peft.set_peft_model_state_dict(model, weights)
+def load_adapter(model: Model, folder: Path, name: str) -> Model:
+    """Put an adapter into ``model`` by peft's own functions, beside what it carries."""
+    active = list(getattr(model, "peft_config", {}))
+    peft.inject_adapter_in_model(peft.PeftConfig.from_pretrained(str(folder)), model, name)
+    result: Any = peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"), name)
     assert not result.unexpected_keys
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([*active, name])
     return model.eval()
 
 
@@ -273,36 +293,98 @@ def test_items_of_unequal_shapes_are_refused(tmp_path: Path) -> None:
 # -- the adapter in inference -----------------------------------------------------------------------------------------
 
 
-def calls(model: Model) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """A DDIM run of 6 steps: sample, timesteps and output of every call, and the images as a last sample."""
-    found = []
-
-    def call(_: int, x: Tensor, timesteps: Tensor) -> Tensor:
-        out = eager(model, x, timesteps)
-        found.append((x, timesteps, out))
-        return out
-
-    images = ddim(call, sample(ROWS, seed=5), 6)[-1]
-    return [*found, (images, images, images)]
+@pytest.fixture(scope="module")
+def artefact(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact with the adapter."""
+    model, folder = build("dit"), tmp_path_factory.mktemp("artefact") / "made"
+    CacheArtefact(config=CONFIG, base=fingerprint(model), predictor=make_predictor(model), lora_path=trained).save_pretrained(folder)
+    return folder
 
 
-def eager(model: Model, x: Tensor, timesteps: Tensor) -> Tensor:
-    return call_of(model, {"class_labels": torch.tensor([3, 7])})(0, x, timesteps)
+@pytest.mark.parametrize("style", [False, True], ids=["alone", "beside another adapter"])
+def test_the_adapter_acts_in_p_steps_alone(trained: Path, artefact: Path, tmp_path: Path, style: bool) -> None:
+    """Against the plain loop: I-steps on the original model, P-steps on one with the adapter merged by peft itself.
+
+    The model is left as it was, also where it carries an adapter of its own on the same layers, which acts in every step.
+    """
+
+    def original() -> Model:
+        model = build("dit")
+        return load_adapter(model, tmp_path, "style") if style else model
+
+    if style:
+        torch.manual_seed(3)
+        targets = sorted(names_of(("attn1.to_q", "ff.net.2"), 3))
+        drawn: Any = peft.get_peft_model(build("dit"), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        drawn.save_pretrained(tmp_path)
+    model, refined = original(), merged(original(), trained)
+    before, profiles = shape_of(model), [(5, 5, 5)]
+    seed, expected = safe_run(model, "dit", CONFIG, profiles, make_predictor(build("dit")), 6, refined)
+    _, unrefined = safe_run(model, "dit", CONFIG, profiles, make_predictor(build("dit")), 6)
+    with parameters_unchanged(model):
+        dispatcher = tokencache_compile.transform(model, artefact, backend="eager")
+        call, plain = call_of(dispatcher, conditions("dit")), call_of(model, conditions("dit"))
+        got = ddim(call, sample(seed=seed), 6)
+        assert dispatcher.plan.profiles == tuple(profiles)
+        assert_close(got, expected)
+        assert float((got[1] - unrefined[1]).abs().max()) > 1e-3, "the adapter changes nothing"
+        assert torch.equal(got[0], plain(0, sample(seed=seed), torch.full((4,), int(sampler(6).timesteps[0]))))
+        dispatcher.disable()
+        assert same_bits(ddim(call, sample(seed=seed), 6), ddim(plain, sample(seed=seed), 6))
+    assert shape_of(model) == before
 
 
-def test_the_adapter_serves_unmerged_and_merged(trained: Path) -> None:
-    """transform takes the model with peft's layers, and with the adapter baked in; both give the same images."""
-    unmerged = load_adapter(build("dit"), trained)
-    merged = peft.PeftModel.from_pretrained(build("dit"), str(trained)).merge_and_unload().eval()
-    assert not any(".lora_" in name for name, _ in merged.named_parameters())
-    predictor, plain = make_predictor(build("dit")), build("dit")
-    runs = []
-    for model in (unmerged, merged):
-        found = calls(transformed(model, config=CONFIG, predictor=predictor))
-        for i in (0, 3):  # the I-steps
-            x, timesteps, out = found[i]
-            assert torch.equal(out, eager(model, x, timesteps))
-            assert float((out - eager(plain, x, timesteps)).abs().max()) > 1e-3
-        runs.append([out for _, _, out in found])
-    for one, other in zip(*runs, strict=True):
-        assert float((one - other).abs().max()) <= 1e-5 * max(1.0, float(one.abs().max()))
+def merged(model: Model, folder: Path) -> Model:
+    """``model`` with the adapter in ``folder``, and what it carried, added to its weights by peft's own arithmetic."""
+    load_adapter(model, folder, "refined")
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    return model
+
+
+def test_p_steps_share_the_weights_and_count_the_adapter(artefact: Path) -> None:
+    """By the identity of the tensors, and 2 (in + out) rank MACs a token and linear more."""
+    model = build("dit")
+    steps = tokencache_compile.transform(model, artefact, backend="eager", example_inputs=inputs("dit")).steps
+    plain = transformed(model, config=CONFIG, predictor=make_predictor(model), example_inputs=inputs("dit")).steps
+    own = dict(model.named_parameters())
+    for step in (steps.full, *steps.cached):
+        weights = {name: value for name, value in step.module.named_parameters() if not name.startswith("predictor.")}
+        added = {name for name in weights if ".lora_" in name}
+        assert all(weights[name] is own[name] for name in weights.keys() - added)
+        buffers = {name for name, _ in step.module.named_buffers() if ".lora_" in name}
+        assert len(added | buffers) == (0 if step.kind == "I" else 2 * len(DIT_LINEARS))
+    widths = [model.get_submodule(name).weight.shape for name in names_of(DIT_LINEARS, 3)]
+    assert steps.macs_full == plain.macs_full
+    assert steps.macs_cached[0] - plain.macs_cached[0] == 4 * TOKENS * sum(4 * (o + i) for o, i in widths)
+
+
+def test_a_bundle_has_the_adapter_in_its_p_steps(artefact: Path, tmp_path: Path) -> None:
+    """ONNX Runtime gives eager's run; the I-graph's file names no weight of the adapter, and no weight is there twice."""
+    model = build("dit")
+    dispatcher = tokencache_compile.transform(model, artefact, backend="eager", example_inputs=inputs("dit"))
+    tokencache_compile.export_onnx(dispatcher, tmp_path / "bundle")
+    loaded = tokencache_compile.load(tmp_path / "bundle")
+    assert_close(run_of(loaded), run_of(dispatcher), 1e-4)
+    names = {
+        step: {tensor.name for tensor in onnx.load(tmp_path / "bundle" / f"{step}.onnx", load_external_data=False).graph.initializer}
+        for step in ("full", "cached_0")
+    }
+    held = set(load_file(tmp_path / "bundle" / WEIGHTS))
+    assert not any(".lora_" in name for name in names["full"])
+    assert sum(".lora_" in name for name in names["cached_0"]) == sum(".lora_" in name for name in held) == 2 * len(DIT_LINEARS)
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert all(name in own or name.startswith("predictor.") or ".lora_" in name for name in held)
+
+
+def run_of(model: Model) -> list[Tensor]:
+    return ddim(call_of(model, conditions("dit")), sample(), 6)
+
+
+def test_it_is_refused_where_its_blocks_are_cached(artefact: Path) -> None:
+    dispatcher = tokencache_compile.transform(build("dit"), artefact, last_k=0, backend="eager")
+    with pytest.raises(ConfigError, match=r"refines transformer_blocks\.3\.\S+, and the plan's last K blocks.* begin at none \(K = 0\)"):
+        dispatcher(**inputs("dit"))
+    uncached = tokencache_compile.transform(build("dit"), artefact, last_k=0, ratio=0.0, backend="eager")
+    assert torch.equal(uncached(**inputs("dit")).sample, build("dit")(**inputs("dit")).sample)

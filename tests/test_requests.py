@@ -326,6 +326,28 @@ def test_a_second_order_scheduler(model: Model) -> None:
     assert [(r.kind, r.step, r.branch) for r in reports] == 2 * [("P" if n % 4 else "I", n, "branch 0") for n in range(11)]
 
 
+@pytest.mark.parametrize("stop_at", [None, 1, 4])
+def test_a_time_that_rises(model: Model, stop_at: int | None) -> None:
+    """Z-Image's runs from 0 to 1: of a watched scheduler, the run goes on all the same, also after an aborted one."""
+    dispatcher, scheduler = watched(model)
+    call, reports = call_of(dispatcher, conditions("dit")), kinds(dispatcher)
+
+    def rising(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
+        return call(step, x, 999 - timesteps)
+
+    if stop_at is not None:
+        scheduler.set_timesteps(STEPS)
+        with pytest.raises(Stop):
+            ddim(lambda n, x, t: rising(n, x, t) if n < stop_at else _stop(), sample(seed=5), STEPS, scheduler)
+    runs = []
+    for _ in range(2):
+        reports.clear()
+        scheduler.set_timesteps(STEPS)
+        runs.append(ddim(rising, sample(), STEPS, scheduler))
+        assert [(r.kind, r.step) for r in reports] == [("P" if step % 4 else "I", step) for step in range(STEPS)]
+    assert same_bits(*runs)
+
+
 # --- guidance -------------------------------------------------------------------------------------------------------
 
 
@@ -339,17 +361,20 @@ def guided(cond: Call, uncond: Call) -> Call:
     return call
 
 
+def inside(dispatcher: Model, name: str, call: Call) -> Call:
+    """The call in a named branch, with more told of the step, as some pipelines do."""
+
+    def named_call(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
+        with dispatcher.cache_context(name, step_index=step, sigma=0.5):
+            return call(step, x, timesteps)
+
+    return named_call
+
+
 def branches_of(dispatcher: Model, named: bool) -> tuple[Call, Call]:
     """The guided and the unguided call of one dispatcher."""
-
-    def inside(name: str, call: Call) -> Call:
-        def named_call(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
-            with dispatcher.cache_context(name):
-                return call(step, x, timesteps)
-
-        return named_call if named else call
-
-    return inside("cond", call_of(dispatcher, conditions("dit"))), inside("uncond", call_of(dispatcher, conditions("dit", seed=6)))
+    cond, uncond = call_of(dispatcher, conditions("dit")), call_of(dispatcher, conditions("dit", seed=6))
+    return (inside(dispatcher, "cond", cond), inside(dispatcher, "uncond", uncond)) if named else (cond, uncond)
 
 
 @pytest.mark.parametrize("watch", [True, False])
@@ -372,6 +397,31 @@ def test_sequential_guidance(model: Model, named: bool, watch: bool) -> None:
     names = ["uncond", "cond"] if named else ["branch 0", "branch 1"]
     assert [(r.step, r.branch) for r in reports] == [(step, name) for step in range(STEPS) for name in names]
     assert dispatcher.summary().full_steps == 6 and dispatcher.summary().cached_steps == 14
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_guidance_by_texts_of_different_lengths(named: bool) -> None:
+    """Each branch has its own graphs and caches, and is as a dispatcher of its own; a length that changes begins a run."""
+    model, given = build("pixart"), conditions("pixart")
+    longer = {"encoder_hidden_states": torch.cat([given["encoder_hidden_states"], torch.randn(ROWS, 2, 20)], 1)}
+    cond, uncond = fresh(model), fresh(model)
+    expected = ddim(guided(call_of(cond, given), call_of(uncond, longer)), sample(), STEPS)
+    dispatcher = fresh(model)
+    reports = kinds(dispatcher)
+
+    def branch(name: str, texts: dict[str, Any]) -> Call:
+        return inside(dispatcher, name, call_of(dispatcher, texts)) if named else call_of(dispatcher, texts)
+
+    assert same_bits(ddim(guided(branch("cond", given), branch("uncond", longer)), sample(), STEPS), expected)
+    assert [(r.kind, r.step) for r in reports] == [("P" if step % 4 else "I", step) for step in range(STEPS) for _ in range(2)]
+    parts, whole = (cond.summary(), uncond.summary()), dispatcher.summary()
+    assert whole.macs_uncached == sum(part.macs_uncached for part in parts) > whole.macs == sum(part.macs for part in parts)
+    assert whole.cache_bytes == sum(part.cache_bytes for part in parts)
+    reports.clear()
+    with pytest.raises(Stop):
+        ddim(lambda n, x, t: branch("cond", given)(n, x, t) if n < 2 else _stop(), sample(), STEPS)
+    ddim(branch("cond", longer), sample(seed=5), STEPS, start=STEPS - 2)
+    assert [(r.kind, r.step) for r in reports] == [("I", 0), ("P", 1)] * 2
 
 
 def _stop() -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.fingerprint import base_model, explain_difference, fingerprint
+from tokencache_compile.ir import LowRankUpdate
 from tokencache_compile.json_data import from_json
 from tokencache_compile.passes.capture import candidate_blocks
 from tokencache_compile.plan import CacheConfig
@@ -38,11 +40,18 @@ from tokencache_compile.whole_directory import sha256, written_whole
 
 FORMAT_VERSION = 1
 LIBRARY = "tokencache-compile"
-ADAPTER_NAME = "tokencache"
 _MANIFEST, _CARD = "tokencache.json", "README.md"
 _PREDICTOR, _CALIBRATION = "predictor.safetensors", "calibration.safetensors"
 _ADAPTER_FILES = ("lora/adapter_config.json", "lora/adapter_model.safetensors")
 _DATA_FILES = (_PREDICTOR, *_ADAPTER_FILES, _CALIBRATION)
+_LORA_WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+# What a plain LoRA adapter's configuration may say: which layers it is for, and how far its update is scaled.
+_LORA_SETTINGS = {
+    *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform"),
+    *("lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern"),
+    *("revision", "target_modules", "task_type", "use_rslora"),
+}
+_PLAIN_LORA = "P-steps take plain LoRA of linears; tokencache_compile.learn.lora.refine trains it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +155,7 @@ class CacheArtefact:
 
         Args:
             model: the base model, or a Dispatcher of it; the predictor is rebuilt from its first block. It is not changed: an
-                adapter is loaded by :func:`load_lora`, which :func:`tokencache_compile.transform` calls.
+                adapter is read by :func:`load_lora`, which :func:`tokencache_compile.transform` calls.
             revision, cache_dir, token, local_files_only: as for ``huggingface_hub.snapshot_download``; for a hub id only.
 
         Raises:
@@ -385,75 +394,78 @@ def _kinds(state: Mapping[str, Tensor]) -> dict[str, str]:
 # -- the adapter ------------------------------------------------------------------------------------------------------
 
 
-def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Add the peft adapter in directory ``path`` to ``model`` as "tokencache", beside the adapters that are active already.
-
-    An adapter with the same weights that the model carries under any name is used as it is. A refusal leaves the model unchanged.
+def load_lora(model: nn.Module, path: str | os.PathLike[str]) -> tuple[LowRankUpdate, ...]:
+    """The peft adapter in directory ``path`` as what P-steps add to the linears of ``model``, which is left as it is.
 
     Raises:
-        ConfigError: peft is not installed, another adapter has the name, or the adapter does not fit the model.
+        ConfigError: it is no adapter, or more than plain LoRA of linears; it does not fit the model, or the model carries it already.
     """
-    try:
-        from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError as error:
-        raise ConfigError(f"{path} is an adapter, and peft is not installed to load it: pip install peft.") from error
-    weights = _load_adapter(Path(path))
-    loaded: dict[str, Any] = getattr(model, "peft_config", {})
-    for name in loaded:
-        if _same_tensors(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), weights):
-            return
-    if ADAPTER_NAME in loaded:
-        raise ConfigError(f"the model carries another adapter named {ADAPTER_NAME!r}; delete it, or load the model anew.")
-    children = [(module, dict(module._modules)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    active = {layer: list(layer.active_adapters) for layer in _layers(model, BaseTunerLayer)}
-    try:
-        config = PeftConfig.from_pretrained(os.fspath(path))
-        config.inference_mode = True
-        inject_adapter_in_model(config, model, ADAPTER_NAME)
-        result: Any = set_peft_model_state_dict(model, weights, ADAPTER_NAME)
-        if result.unexpected_keys:
-            raise ValueError(f"the model has no place for {result.unexpected_keys[0]}")
-        if unset := [name for name in result.missing_keys if f".{ADAPTER_NAME}." in name]:
-            raise ValueError(f"it has no weights for {unset[0]}")
-    except Exception as error:
-        for layer, names in active.items():
-            layer.delete_adapter(ADAPTER_NAME)
-            layer.set_adapter(names)
-        for module, own in children:
-            module._modules.update(own)
-        loaded.pop(ADAPTER_NAME, None)
-        if not loaded:
-            model.__dict__.pop("peft_config", None)
+    folder = Path(path)
+    config, weights = _read_adapter(folder)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        found = _LORA_WEIGHT.fullmatch(name)
+        if found is None:
+            raise ConfigError(f"the adapter in {folder} holds {name}, which is no weight of LoRA. {_PLAIN_LORA}")
+        pairs.setdefault(found[1], {})[found[2]] = tensor
+    if reason := next((r for r in (_misfit(model, module, pair) for module, pair in pairs.items()) if r), None):
         raise ConfigError(
-            f"the adapter in {path} does not fit this {type(model).__name__}: {error}. Use it with the model it was trained on."
-        ) from error
-    else:
-        for layer in _layers(model, BaseTunerLayer):
-            layer.set_adapter([*active.get(layer, ()), ADAPTER_NAME], inference_mode=True)  # injecting deactivates the others
-            layer.train(model.training)
-    finally:
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
-    if hasattr(model, "_hf_peft_config_loaded"):
-        vars(model)["_hf_peft_config_loaded"] = True  # what diffusers' own adapter methods go by
+            f"the adapter in {folder} does not fit this {type(model).__name__}: {reason}. Use it with the model it was trained on."
+        )
+    if _carries(model, pairs):
+        raise ConfigError(
+            f"this {type(model).__name__} carries the adapter in {folder} already, in every step, and it is meant for P-steps alone. "
+            "Delete it there; the artefact brings it."
+        )
+
+    def scale(rank: int) -> float:
+        return float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+
+    return tuple(LowRankUpdate(module, pair["A"], scale(len(pair["A"])) * pair["B"]) for module, pair in pairs.items())
 
 
-def _layers(model: nn.Module, kind: type) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, kind)]
-
-
-def _load_adapter(path: Path) -> dict[str, Tensor]:
-    for name in _ADAPTER_FILES:
-        if not Path(path, Path(name).name).is_file():
-            raise ConfigError(f"{path} has no {Path(name).name}, so it is no adapter. A peft adapter's save_pretrained writes it.")
+def _misfit(model: nn.Module, module: str, pair: Mapping[str, Tensor]) -> str | None:
+    """Why the weights ``pair`` (A [r, in], B [out, r]) cannot stand beside the linear at ``module``; None where they can."""
+    if missing := {"A", "B"} - pair.keys():
+        return f"it has no weights lora_{missing.pop()} for {module}"
     try:
-        return load_file(path / "adapter_model.safetensors")
+        layer = model.get_submodule(module)
+    except AttributeError:
+        return f"the model has no {module}"
+    layer = getattr(layer, "base_layer", layer)  # where the model carries another adapter
+    if not isinstance(layer, nn.Linear):
+        return f"{module} is no torch.nn.Linear"
+    down, up = tuple(pair["A"].shape), tuple(pair["B"].shape)
+    rank = down[0] if down else 0
+    if down != (rank, layer.in_features) or up != (layer.out_features, rank):
+        return f"{module} is {layer.in_features} → {layer.out_features}, and the adapter's A and B are {down} and {up}"
+    return None
+
+
+def _carries(model: nn.Module, pairs: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether an adapter of the same weights is part of ``model``, under any name."""
+    module, pair = next(iter(pairs.items()))
+    carried = [p for name, p in model.named_parameters() if name.startswith(f"{module}.lora_A.")]
+    return any(p.shape == pair["A"].shape and torch.equal(p.detach().cpu(), pair["A"].to(p.dtype)) for p in carried)
+
+
+def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the weights of a plain LoRA adapter."""
+    for name in _ADAPTER_FILES:
+        if not Path(folder, Path(name).name).is_file():
+            raise ConfigError(f"{folder} has no {Path(name).name}, so it is no adapter. A peft adapter's save_pretrained writes it.")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "adapter_model.safetensors")
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'adapter_config.json'} is no JSON: {error}. Save the adapter again.") from error
     except SafetensorError as error:
-        raise ConfigError(f"the adapter in {path} is no safetensors file ({error}). Save it again.") from error
-
-
-def _same_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> bool:
-    mine, theirs = ({name.removeprefix("base_model.model."): t for name, t in state.items()} for state in (own, saved))
-    return mine.keys() == theirs.keys() and all(torch.equal(t.cpu(), theirs[name].to(t.dtype)) for name, t in mine.items())
+        raise ConfigError(f"the adapter in {folder} is no safetensors file ({error}). Save it again.") from error
+    known = isinstance(config, dict) and config.get("peft_type") == "LORA" and isinstance(config.get("lora_alpha"), int | float)
+    if not known or not weights:
+        raise ConfigError(f"the adapter in {folder} is none of peft's LORA. {_PLAIN_LORA}")
+    for name, value in config.items():
+        drawn = name == "init_lora_weights" and value in (True, "gaussian")  # others change the base weights
+        if name not in _LORA_SETTINGS and not drawn and value not in (None, False, "none", {}, []):
+            raise ConfigError(f"the adapter in {folder} has {name}={value!r}. {_PLAIN_LORA}")
+    return config, weights

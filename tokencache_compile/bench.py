@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.engine import check_backend, make_engines
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.ir import LowRankUpdate
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
@@ -71,6 +72,7 @@ def bench(
     predictor: CachePredictor | None = None,
     backends: Sequence[str] | None = None,
     rounds: int = 7,
+    lora: Sequence[LowRankUpdate] = (),
 ) -> dict[str, Any]:
     """Time the eager model, its I-step and its P-step in each backend.
 
@@ -78,6 +80,7 @@ def bench(
         example_inputs: keyword arguments of one call.
         config: a plan that caches something.
         backends: names as for ``transform``; all that are installed if left out.
+        lora: of the P-step, see :func:`load_lora`.
         rounds: every figure is over so many rounds, in each of which everything runs once.
 
     Returns:
@@ -90,7 +93,7 @@ def bench(
     """
     inputs = [leaf.contiguous() for leaf in pytree.tree_leaves(dict(example_inputs)) if isinstance(leaf, Tensor)]
     device = inputs[0].device
-    programs = build_steps(model, example_inputs, config, predictor)
+    programs = build_steps(model, example_inputs, config, predictor, lora)
     if not programs.cached:
         raise ConfigError(f"ratio={config.ratio} was asked for, which caches nothing: there is no P-step to time. Pass a ratio above 0.")
     for backend in backends or ():

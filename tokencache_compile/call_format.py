@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -28,7 +30,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One value of a call: a tensor by its ``spec``, or anything else, the same on every call, as its ``constant`` repr."""
+    """One value of a call: a tensor by its ``spec``, or anything else, the same on every call, as its ``constant`` repr.
+
+    Both where the graphs hold for one value of a tensor, as the model's forward reads it: there ``constant`` is the values' digest.
+    """
 
     path: str
     spec: TensorSpec | None
@@ -43,21 +48,35 @@ class CallFormat:
     leaves: tuple[Leaf, ...]
 
     @classmethod
-    def of(cls, signature: inspect.Signature, call: Mapping[str, Any], input_names: tuple[str, ...]) -> CallFormat:
-        """The format of ``call`` (bound arguments, without ``return_dict``); ``input_names``: of its tensors in the graphs."""
+    def of(
+        cls, signature: inspect.Signature, call: Mapping[str, Any], input_names: tuple[str, ...], read: Collection[int] = ()
+    ) -> CallFormat:
+        """The format of ``call`` (bound arguments, without ``return_dict``).
+
+        Args:
+            input_names: of its tensors in the graphs.
+            read: positions of the tensors whose values the graphs hold for.
+        """
         arguments = []
         for parameter in signature.parameters.values():
             required = parameter.default is parameter.empty
             simple = isinstance(parameter.default, bool | int | float | str | None)
             arguments.append(Argument(parameter.name, parameter.kind.name, required, parameter.default if simple else None))
-        names = iter(input_names)
+        names = iter(enumerate(input_names))
         leaves = []
         for path, value in _leaves(call):
             if isinstance(value, Tensor):
-                leaves.append(Leaf(path, TensorSpec(next(names), tuple(value.shape), value.dtype), None))
+                position, name = next(names)
+                values = values_digest(value) if position in read else None
+                leaves.append(Leaf(path, TensorSpec(name, tuple(value.shape), value.dtype), values))
             else:
                 leaves.append(Leaf(path, None, repr(value)))
         return cls(tuple(arguments), tuple(leaves))
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether the graphs hold for the values of some tensors, which every call may change."""
+        return any(leaf.spec is not None and leaf.constant is not None for leaf in self.leaves)
 
     @property
     def signature(self) -> inspect.Signature:
@@ -70,8 +89,9 @@ class CallFormat:
 
     def check(self, call: Mapping[str, Any]) -> None:
         """Raise an InputError that says how ``call`` differs from what the graphs were made for."""
-        found = {path: _describe(value) for path, value in _leaves(call)}
-        wanted = {leaf.path: leaf.constant or _describe_spec(leaf.spec) for leaf in self.leaves}
+        read = {leaf.path for leaf in self.leaves if leaf.spec is not None and leaf.constant is not None}
+        found = {path: _describe(value, path in read) for path, value in _leaves(call)}
+        wanted = {leaf.path: _describe_leaf(leaf) for leaf in self.leaves}
         different = [
             f"{path} is {found.get(path, 'not given')} and not {wanted.get(path, 'given')}"
             for path in dict.fromkeys((*wanted, *found))
@@ -92,9 +112,22 @@ def _leaves(call: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path), value) for path, value in found]
 
 
-def _describe(value: Any) -> str:
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+def values_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values."""
+    return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()).hexdigest()
 
 
-def _describe_spec(spec: TensorSpec | None) -> str:
-    return "" if spec is None else f"{spec.shape} {spec.dtype}"
+def _describe(value: Any, with_values: bool) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"{tuple(value.shape)} {value.dtype}" + (_of_values(values_digest(value)) if with_values else "")
+
+
+def _describe_leaf(leaf: Leaf) -> str:
+    if leaf.spec is None:
+        return leaf.constant or ""
+    return f"{leaf.spec.shape} {leaf.spec.dtype}" + (_of_values(leaf.constant) if leaf.constant is not None else "")
+
+
+def _of_values(digest: str) -> str:
+    return f" with values of SHA-256 {digest[:12]}"

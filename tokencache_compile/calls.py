@@ -8,6 +8,8 @@ from typing import Any
 
 from tokencache_compile.errors import InputError
 
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
 
 def bind_call(name: str, signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one call of the model ``name``, in the order of ``signature`` (its forward), defaults filled in.

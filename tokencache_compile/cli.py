@@ -13,7 +13,7 @@ from tokencache_compile.engine import Backend
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.export import commands as export_commands
 from tokencache_compile.learn import commands
-from tokencache_compile.plan import CacheConfig, Context, History, Scorer, Selection
+from tokencache_compile.plan import CacheConfig, CacheDtype, Context, History, Scorer, Selection
 from tokencache_compile.schedule import Schedule
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Cache the tokens of diffusion transformers between sampling steps.")
@@ -90,6 +90,8 @@ def explain(
     selection: Annotated[Selection, typer.Option(help="One index set per sample, guidance pair or batch.")] = _DEFAULTS.selection,
     every: Annotated[int, typer.Option(help="An I-step every so many steps.")] = _DEFAULTS.schedule.every,
     full: Annotated[str | None, typer.Option(help="The I-steps by index, such as 0,4,8; later ones follow --every.")] = None,
+    cache_dtype: Annotated[CacheDtype | None, typer.Option(help="What the caches are stored in; the model's dtype if left out.")] = None,
+    max_cache_bytes: Annotated[int | None, typer.Option(help="The most that one branch's caches may take; no limit if left out.")] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps of the run whose MACs are printed.")] = 50,
     batch: Annotated[int, typer.Option(help="Rows of a call; 2 are one image with guidance.")] = 2,
 ) -> None:
@@ -106,6 +108,8 @@ def explain(
             scorer=scorer,
             selection=selection,
             schedule=_schedule(every, full),
+            cache_dtype=cache_dtype,
+            max_cache_bytes=max_cache_bytes,
         )
         explain_model(model_or_config, config, Console(), steps, batch)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import ConfigError, TokenCacheError, UnsupportedModelError
-from tokencache_compile.ir import BlockProgram, Body, StepProgram
+from tokencache_compile.ir import BlockProgram, Body
 from tokencache_compile.passes.analysis import placeholders
 from tokencache_compile.passes.cached_step import make_cached
 from tokencache_compile.passes.capture import candidate_blocks
@@ -183,11 +183,7 @@ def cost_of(built: StepPrograms, context: Context, inputs: Sequence[Tensor], pre
     except TokenCacheError as error:
         return Cost(refusal=str(error))
     macs = tuple(verify_step(step, inputs, built.random_shape) for step in cached)
-    return Cost(macs, run_macs(plan, built.macs_full, macs, num_steps), _cache_bytes(cached[0]))
-
-
-def _cache_bytes(step: StepProgram) -> int:
-    return sum(spec.nbytes for spec in step.caches)
+    return Cost(macs, run_macs(plan, built.macs_full, macs, num_steps), sum(spec.nbytes for spec in cached[0].caches))
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -284,7 +280,7 @@ def describe_costs(built: StepPrograms, costs: Mapping[Context, Cost], num_steps
     rows.add_row("P-step", f"{each} GMACs, {built.macs_cached[0] / built.macs_full:.1%} of an I-step")
     saved = 1 - own.macs_run / uncached
     rows.add_row(f"{num_steps} steps", f"{_gmacs(own.macs_run)} of {_gmacs(uncached)} GMACs uncached ({saved:.1%} saved)")
-    rows.add_row("caches", f"{_cache_bytes(built.full) / 2**20:.2f} MiB at batch {batch}")
+    rows.add_row("caches", f"{built.cache_bytes / 2**20:.2f} MiB at batch {batch}")
     table = Table(title="Contexts: what a kept token attends to", title_justify="left")
     table.add_column("context")
     for heading in ("P-step GMACs", f"{num_steps} steps GMACs", "saved", "cache MiB"):

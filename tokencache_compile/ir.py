@@ -24,6 +24,7 @@ class BlockCall:
     """One call of one block, as the eager model made it: its arguments flattened by ``torch.utils._pytree``.
 
     ``scales`` are those of its adapters during the call.
+    ``flat_inputs`` and ``flat_outputs``: positions of streams that the block itself takes and returns without a batch axis.
     """
 
     fqn: str
@@ -33,6 +34,8 @@ class BlockCall:
     in_spec: Any
     outputs: tuple[Any, ...]
     out_spec: Any
+    flat_inputs: frozenset[int] = frozenset()
+    flat_outputs: frozenset[int] = frozenset()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -49,6 +52,7 @@ class Capture:
     """The model around its blocks: a graph in which every block is one opaque call, and how the blocks were called.
 
     ``sample_inputs`` are the positions of the model's first argument among ``example_inputs``: what the sampler changes.
+    ``read_inputs`` are those whose values the skeleton holds for, as the model's forward reads them; mostly there are none.
     ``output_spec`` (a pytree) rebuilds what the model returns, its output class included, from ``example_outputs``.
     """
 
@@ -57,6 +61,7 @@ class Capture:
     input_names: tuple[str, ...]
     example_inputs: tuple[Tensor, ...]
     sample_inputs: tuple[int, ...]
+    read_inputs: tuple[int, ...]
     example_outputs: tuple[Tensor, ...]
     output_spec: Any
 
@@ -240,6 +245,20 @@ def _is_same(known: Tensor, now: Tensor) -> bool:
     return known.shape == now.shape and known.dtype == now.dtype and known.device == now.device and torch.equal(known, now)
 
 
+@dataclass(frozen=True, eq=False)
+class LowRankUpdate:
+    """What an adapter (LoRA) adds to one linear of the model in P-steps: ``up · down · x``.
+
+    Attributes:
+        module: path of the linear.
+        down, up: [r, in] and [out, r], the adapter's scale included.
+    """
+
+    module: str
+    down: Tensor
+    up: Tensor
+
+
 @dataclass(frozen=True)
 class CacheUnit:
     """Consecutive blocks that share one cache: a single block, or a run that no P-step ever recomputes."""
@@ -255,11 +274,17 @@ class CacheUnit:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """One cache tensor: an explicit input and output of every step graph. ``fill`` is its value in a new request."""
+    """One cache tensor: an explicit input and output of every step graph.
+
+    Attributes:
+        dtype: what it is stored in; ``computed`` is what its values are computed in.
+        fill: its value in a new request.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    computed: torch.dtype
     fill: float = 0.0
 
     @property

@@ -13,6 +13,7 @@ Context = Literal["kept", "cached", "full", "reuse"]
 Scorer = Literal["change", "norm", "random", "predictor"]
 Selection = Literal["sample", "pair", "batch"]
 History = Literal["full_steps", "computed"]
+CacheDtype = Literal["float16", "bfloat16", "float8_e4m3fn"]
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -41,6 +42,9 @@ class CacheConfig:
         schedule: which steps run in full.
         keep: keep profiles, each the tokens kept in every cached block; None is one profile of equal counts.
         groups: the profile of every P-step by step index (the last entry goes on); empty uses the first for all.
+        cache_dtype: what updates and what the context keeps are stored in; None keeps the model's own dtype. Values beyond a
+            dtype's largest (448 for ``float8_e4m3fn``) are stored as that.
+        max_cache_bytes: the most that the caches of one guidance branch may take, in bytes; the last blocks that do not fit run in full.
     """
 
     ratio: float = 0.9
@@ -53,6 +57,8 @@ class CacheConfig:
     schedule: Schedule = Schedule()
     keep: tuple[tuple[int, ...], ...] | None = None
     groups: tuple[int, ...] = ()
+    cache_dtype: CacheDtype | None = None
+    max_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0.0 <= self.ratio <= 1.0:
@@ -71,6 +77,10 @@ class CacheConfig:
             raise ConfigError(f"schedule={self.schedule!r} was asked for; pass a tokencache_compile.Schedule.")
         if self.keep is not None and not (isinstance(self.keep, tuple) and self.keep and all(map(is_ints, self.keep))):
             raise ConfigError(f"keep={self.keep!r} was asked for; it is a tuple of keep profiles, each a tuple of token counts.")
+        if self.cache_dtype is not None:
+            _choice("cache_dtype", self.cache_dtype, get_args(CacheDtype))
+        if self.max_cache_bytes is not None and (not is_ints((self.max_cache_bytes,)) or self.max_cache_bytes < 0):
+            raise ConfigError(f"max_cache_bytes={self.max_cache_bytes!r} was asked for; it is a number of bytes, or None for no limit.")
         if not is_ints(self.groups):
             raise ConfigError(f"groups={self.groups!r} was asked for; it is a tuple with the index of a keep profile for every step.")
 
@@ -91,7 +101,7 @@ class CachePlan:
     Attributes:
         config: the settings the plan was made from.
         tokens: N, tokens of the cached stream.
-        num_blocks: L, and ``last_k`` of them are never cached.
+        num_blocks: L, and ``last_k`` of them are never cached: the K asked for, or more where ``max_cache_bytes`` ended earlier.
         profiles: keep counts n_l of the cached blocks, one profile a P-graph.
     """
 
@@ -113,12 +123,17 @@ class CachePlan:
     def __str__(self) -> str:
         c = self.config
         keeps = "; ".join(_counts(profile) for profile in self.profiles)
-        return (
+        lines = (
             f"CachePlan: {self.num_cached} of {self.num_blocks} blocks cached, {self.tokens} tokens, ratio {c.ratio}\n"
             f"  kept tokens a block   {keeps}\n"
             f"  context {c.context}, forecast order {c.forecast} from {c.history}, scores {c.scorer}, one index set per {c.selection}\n"
             f"  I-steps               {c.schedule}"
         )
+        if c.cache_dtype is not None:
+            lines += f"\n  caches stored as      {c.cache_dtype}"
+        if self.last_k > c.last_k:
+            lines += f"\n  max_cache_bytes       {c.max_cache_bytes}, so {self.last_k} last blocks run in full and not {c.last_k}"
+        return lines
 
 
 def _counts(profile: tuple[int, ...]) -> str:

@@ -4,8 +4,11 @@ A request is one run of a sampler. Two sources tell where one begins:
 
 - a :class:`SchedulerWatch`, where the sampler's scheduler is known: ``set_timesteps`` begins a request, in the thread that
   calls it, and names every step of it. This is exact, also after an aborted run.
-- the timesteps alone: one that rises, or another shape, batch, dtype or device, begins a request; one that repeats with the
-  same sample is the next guidance branch of that step, and with another sample a new request.
+- the timesteps alone: one that rises, or a sample of another shape, dtype or device, begins a request; one that repeats with the
+  same sample is the next guidance branch of that step, and with another sample a new request. Some models' time rises in a run
+  (Z-Image: from 0, all noise, to 1); that is told apart only where the scheduler is known, for it then marks the begin.
+
+A branch has its own signature: prompt and negative prompt may differ in length. A branch whose signature changes begins a request.
 
 State is kept per thread, so two threads never mix.
 """
@@ -67,24 +70,31 @@ class SchedulerWatch:
 
 @dataclass
 class BranchState:
-    """The caches of one guidance branch, and what was done for it."""
+    """The caches of one guidance branch, and the ``steps`` that wrote them."""
 
+    steps: object
     caches: list[Tensor]
-    full_steps: int = 0
-    cached_steps: int = 0
 
 
 @dataclass
 class Request:
-    """One run of a sampler in one thread."""
+    """One run of a sampler in one thread.
 
-    signature: Hashable
+    Attributes:
+        position: of the timestep in the watched schedule; None for a timestep of another scale.
+        rises: whether timesteps rise, known from the second one on.
+        seen: branches that were called at this timestep.
+        signatures: of the branches.
+    """
+
     marker: object | None
     timestep: float
     sample: Tensor
     step: int
     position: int | None
+    rises: bool | None = None
     seen: list[str] = field(default_factory=list)
+    signatures: dict[str, Hashable] = field(default_factory=dict)
     branches: dict[str, BranchState] = field(default_factory=dict)
 
 
@@ -112,43 +122,55 @@ class RequestTracker:
         """
         marker, position = self.watch.marker, self.watch.position(timestep)
         request = self.current
-        if request is None or self._begins(request, signature, marker, timestep, position):
+        if request is None or self._begins(request, sample, marker, timestep, position):
             return self._new(signature, marker, timestep, sample, position, context)
         if timestep != request.timestep:
             self._advance(request, timestep, sample, position)
-            return request, self._enter(request, context)
-        same_sample = torch.equal(request.sample, sample)
-        if same_sample and context not in request.seen:
-            return request, self._enter(request, context)
-        if same_sample or not self.watch.repeats:
+        elif not torch.equal(request.sample, sample):
+            if not self.watch.repeats:
+                return self._new(signature, marker, timestep, sample, position, context)
+            self._advance(request, timestep, sample, position)  # a second evaluation at one timestep
+        elif context in request.seen:
             return self._new(signature, marker, timestep, sample, position, context)
-        self._advance(request, timestep, sample, position)  # a second evaluation at one timestep
-        return request, self._enter(request, context)
+        branch = self._branch(request, context)
+        if request.signatures.get(branch, signature) != signature:
+            return self._new(signature, marker, timestep, sample, position, context)
+        return request, self._enter(request, branch, signature)
 
     @staticmethod
-    def _begins(request: Request, signature: Hashable, marker: object | None, timestep: float, position: int | None) -> bool:
-        if signature != request.signature or marker is not request.marker:
+    def _begins(request: Request, sample: Tensor, marker: object | None, timestep: float, position: int | None) -> bool:
+        known = request.sample
+        if (sample.shape, sample.dtype, sample.device) != (known.shape, known.dtype, known.device) or marker is not request.marker:
             return True
         if position is not None and request.position is not None:
             return position < request.position
-        return timestep > request.timestep
+        if timestep == request.timestep:
+            return False
+        rises = timestep > request.timestep
+        return rises and marker is None if request.rises is None else rises != request.rises
 
     def _new(
         self, signature: Hashable, marker: object | None, timestep: float, sample: Tensor, position: int | None, context: str | None
     ) -> tuple[Request, str]:
-        request = Request(signature, marker, timestep, sample.clone(), position or 0, position)
+        request = Request(marker, timestep, sample.clone(), position or 0, position)
         self._local.request = request
-        return request, self._enter(request, context)
+        return request, self._enter(request, self._branch(request, context), signature)
 
     @staticmethod
     def _advance(request: Request, timestep: float, sample: Tensor, position: int | None) -> None:
         if request.position is None:
             position = None  # not a run of the watched schedule, though single timesteps may coincide: it is counted to its end
         request.step = position if position is not None else request.step + 1
+        if timestep != request.timestep:
+            request.rises = timestep > request.timestep
         request.timestep, request.sample, request.position, request.seen = timestep, sample.clone(), position, []
 
     @staticmethod
-    def _enter(request: Request, context: str | None) -> str:
-        branch = context if context is not None else f"branch {len(request.seen)}"
+    def _branch(request: Request, context: str | None) -> str:
+        return context if context is not None else f"branch {len(request.seen)}"
+
+    @staticmethod
+    def _enter(request: Request, branch: str, signature: Hashable) -> str:
         request.seen.append(branch)
+        request.signatures[branch] = signature
         return branch

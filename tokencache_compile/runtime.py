@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
-from tokencache_compile.call_format import CallFormat
+from tokencache_compile.call_format import CallFormat, values_digest
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
+from tokencache_compile.ir import LowRankUpdate
 from tokencache_compile.model_state import model_state
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig, CachePlan
@@ -48,14 +50,22 @@ class Dispatcher(StepDispatcher):
     """
 
     def __init__(
-        self, model: nn.Module, config: CacheConfig, backend: str, predictor: CachePredictor | None, watch: SchedulerWatch
+        self,
+        model: nn.Module,
+        config: CacheConfig,
+        backend: str,
+        predictor: CachePredictor | None,
+        watch: SchedulerWatch,
+        lora: Sequence[LowRankUpdate] = (),
     ) -> None:
         super().__init__(type(model).__name__, inspect.signature(model.forward), watch)
         self.model = model
         self.predictor = predictor
+        self.lora = lora
         self.cache_config = config
         self.backend = backend
         self._compiled: dict[Hashable, Captured] = {}
+        self._read: dict[Hashable, frozenset[int]] = {}
         self._lock = threading.RLock()
         self._state = model_state(model)
         self.train(model.training)
@@ -82,24 +92,38 @@ class Dispatcher(StepDispatcher):
         with self._lock:
             if state != self._state:
                 self._compiled.clear()
+                self._read.clear()
                 self._state = state
         return state
 
     def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Captured:
         with self._lock:
-            known = self._compiled.get(signature)
+            key = self._key(signature, call)
+            known = self._compiled.get(key)
             if known is not None and begins and not known.steps.program.shares_weights_of(self.model):
                 self._compiled.clear()  # weights were replaced (an adapter, load_state_dict(assign=True)): capture anew
-            if signature not in self._compiled:
-                self._compiled[signature] = self._compile(call)
-            return self._compiled[signature]
+            if key not in self._compiled:
+                captured = self._compile(call)
+                self._read[signature] = self._read.get(signature, frozenset()) | set(captured.steps.read_inputs)
+                key = self._key(signature, call)
+                self._compiled[key] = captured
+            return self._compiled[key]
+
+    def _key(self, signature: Hashable, call: dict[str, Any]) -> Hashable:
+        """What a call's graphs hold for: its signature, and the values that the model's forward reads."""
+        read = self._read.get(signature)
+        if not read:
+            return signature
+        tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+        return (signature, *(values_digest(tensors[position]) for position in sorted(read)))
 
     def _compile(self, call: dict[str, Any]) -> Captured:
-        with GATE.capture():
-            steps = build_steps(self.model, call, self.cache_config, self.predictor)
+        # A mode of the caller's, such as a FLOP counter, is meant for the steps that run, and export cannot trace under it.
+        with GATE.capture(), _disable_current_modes():
+            steps = build_steps(self.model, call, self.cache_config, self.predictor, self.lora)
         full, *cached = make_engines(self.backend, steps)
         rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)
-        call_format = CallFormat.of(self._signature, call, steps.program.input_names)
+        call_format = CallFormat.of(self._signature, call, steps.program.input_names, steps.read_inputs)
         autocast = torch.is_autocast_enabled(steps.program.known_stream.device.type)
         return Captured(steps, full, tuple(cached), rebuild, call_format, autocast)
 

@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tokencache_compile.calls import bind_call
+from tokencache_compile.calls import TIMESTEP_NAMES, bind_call
 from tokencache_compile.engine import Engine
 from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.requests import BranchState, Request, RequestTracker, SchedulerWatch
 from tokencache_compile.step_table import StepTable
-
-_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
 class _CaptureGate:
@@ -122,6 +121,7 @@ class _Counts:
     full: int = 0
     cached: int = 0
     macs: int = 0
+    macs_uncached: int = 0
     recomputed: tuple[int, ...] = ()
     compiled: Compiled | None = None
     cache_bytes: int = 0
@@ -142,7 +142,7 @@ class StepDispatcher(nn.Module, ABC):
     def __init__(self, name: str, signature: inspect.Signature, watch: SchedulerWatch) -> None:
         super().__init__()
         names = list(signature.parameters)
-        timestep = next((name for name in _TIMESTEP_NAMES if name in names), None)
+        timestep = next((name for name in TIMESTEP_NAMES if name in names), None)
         if timestep is None:
             raise ConfigError(f"{name}.forward({', '.join(names)}) has no argument named timestep, which tells the steps apart.")
         self.step_callback: Callable[[StepReport], None] | None = None
@@ -193,8 +193,11 @@ class StepDispatcher(nn.Module, ABC):
         self.reset()
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Calls inside belong to guidance branch ``name``; diffusers' pipelines enter ``"cond"`` and ``"uncond"``."""
+    def cache_context(self, name: str, **place: Any) -> Iterator[None]:
+        """Calls inside belong to guidance branch ``name``; diffusers' pipelines enter ``"cond"`` and ``"uncond"``.
+
+        ``place`` is what some pipelines tell of the step (``step_index``, ``sigma`` …); the timesteps tell that themselves.
+        """
         before = getattr(self._local, "context", None)
         self._local.context = name
         try:
@@ -220,7 +223,7 @@ class StepDispatcher(nn.Module, ABC):
         try:
             before = self._tracker.current
             context = getattr(self._local, "context", None)
-            request, branch = self._tracker.place(signature, timestep, call[self._sample_name].detach(), context)
+            request, branch = self._tracker.place(signature, timestep, _sample(call[self._sample_name]), context)
             compiled = self._lookup(signature, call, begins=branch not in request.branches)
             if request is not before:
                 self._local.counts = _Counts(compiled=compiled)
@@ -228,7 +231,10 @@ class StepDispatcher(nn.Module, ABC):
         except BaseException:
             self.reset()
             raise
-        return tuple(outputs) if as_tuple else compiled.rebuild(outputs)
+        result = compiled.rebuild(outputs)
+        if not as_tuple:
+            return result
+        return result.to_tuple() if isinstance(result, BaseOutput) else tuple(outputs)
 
     def _signature_of(self, call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
         """What graphs are compiled for (source, shapes, dtypes, devices, constants, autocast), and the call's tensors in graph order."""
@@ -241,8 +247,8 @@ class StepDispatcher(nn.Module, ABC):
 
     def _check_values(self, call: Mapping[str, Any], tensors: list[Tensor]) -> float:
         """The call's timestep, after refusing what must not enter a cache. One read from the device."""
-        timestep, sample = call[self._timestep_name], call[self._sample_name]
-        if not isinstance(timestep, Tensor) or not isinstance(sample, Tensor):
+        timestep, samples = call[self._timestep_name], _tensors(call[self._sample_name])
+        if not isinstance(timestep, Tensor) or not samples:
             wrong = self._timestep_name if not isinstance(timestep, Tensor) else self._sample_name
             raise InputError(
                 f"{wrong}={call[wrong]!r} ({type(call[wrong]).__name__}) was given; a torch tensor is needed, as the model itself needs it."
@@ -254,7 +260,7 @@ class StepDispatcher(nn.Module, ABC):
         self._check_source()
         floats = [t for t in tensors if t.is_floating_point()]
         reads = [timestep.detach().flatten()[:1].float(), *(t.isnan().any().float().reshape(1) for t in floats)]
-        value, *nans = torch.cat([read.to(sample.device) for read in reads]).tolist()  # a timestep may be on another device
+        value, *nans = torch.cat([read.to(samples[0].device) for read in reads]).tolist()  # a timestep may be on another device
         if any(nans):
             names = [name for name, leaf in call.items() if any(t.is_floating_point() and bool(t.isnan().any()) for t in _tensors(leaf))]
             raise InputError(
@@ -264,10 +270,10 @@ class StepDispatcher(nn.Module, ABC):
 
     def _run(self, compiled: Compiled, request: Request, branch: str, timestep: float, tensors: list[Tensor]) -> list[Tensor]:
         steps, plan, device = compiled.steps, compiled.steps.plan, request.sample.device
-        first = branch not in request.branches
-        if first:
-            request.branches[branch] = BranchState(steps.initial_caches(device))
-        state = request.branches[branch]
+        state = request.branches.get(branch)
+        first = state is None or state.steps is not steps  # other steps where the model reads values that changed
+        if state is None or first:
+            state = request.branches[branch] = BranchState(steps, steps.initial_caches(device))
         full = first or not compiled.cached or plan.config.schedule.is_full(request.step)
         group = plan.profile_of(request.step)
         engine = compiled.full if full else compiled.cached[group]
@@ -286,25 +292,25 @@ class StepDispatcher(nn.Module, ABC):
         counts.full += full
         counts.cached += not full
         counts.macs += macs
+        counts.macs_uncached += compiled.steps.macs_full
         if kept:
             counts.recomputed = tuple(a + b for a, b in zip(counts.recomputed or (0,) * len(kept), kept, strict=True))
-        counts.cache_bytes = len(request.branches) * sum(spec.nbytes for spec in compiled.steps.caches)
+        counts.cache_bytes = sum(cache.nbytes for state in request.branches.values() for cache in state.caches)
 
     def summary(self) -> Summary:
         """Counts of this thread's current request, or of its last one; works in the middle of a run."""
         counts: _Counts = getattr(self._local, "counts", _Counts())
         if counts.compiled is None:
             return Summary(0, 0, (), 0, 0, 0, 0)
-        steps = counts.compiled.steps
-        uncached = steps.macs_full * (counts.full + counts.cached)
-        return Summary(counts.full, counts.cached, counts.recomputed, steps.plan.tokens, counts.cache_bytes, counts.macs, uncached)
+        tokens = counts.compiled.steps.plan.tokens
+        return Summary(counts.full, counts.cached, counts.recomputed, tokens, counts.cache_bytes, counts.macs, counts.macs_uncached)
 
     def prepare(self, example_inputs: Mapping[str, Any]) -> None:
         """Make ready for the signature of ``example_inputs`` (keyword arguments of one call) ahead of time: capture, compile, warm up."""
         signature, call = self._accept(example_inputs)
         compiled = self._lookup(signature, call, begins=True)
         _, tensors = self._signature_of(call)
-        device = call[self._sample_name].device
+        device = _sample(call[self._sample_name]).device
         for engine in (compiled.full, *compiled.cached):
             extras = compiled.steps.step_inputs(0, device)
             with GATE.step():
@@ -321,3 +327,10 @@ class StepDispatcher(nn.Module, ABC):
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _sample(value: Any) -> Tensor:
+    """The sample, by which calls are told apart; a list of samples (Z-Image) as one row of all their values."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return torch.cat([tensor.detach().flatten() for tensor in _tensors(value)])

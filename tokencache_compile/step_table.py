@@ -26,6 +26,11 @@ class StepTable:
     macs_cached: tuple[int, ...]
 
     @property
+    def cache_bytes(self) -> int:
+        """What the caches of one guidance branch take."""
+        return sum(spec.nbytes for spec in self.caches)
+
+    @property
     def random_shape(self) -> tuple[int, int, int]:
         """[1, L cached, N]: scores of the ``random`` scorer, the same for every row."""
         return (1, self.plan.num_cached, self.plan.tokens)

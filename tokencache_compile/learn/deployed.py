@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokencache_compile.ir import Block
+from tokencache_compile.ir import Block, CacheUnit
 from tokencache_compile.learn.stack import BlockStack
+from tokencache_compile.passes.caches import unit_caches
 from tokencache_compile.passes.regions import cached_region, full_region
-from tokencache_compile.plan import CacheConfig
+from tokencache_compile.plan import CacheConfig, CachePlan
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,18 @@ class DeployedBlocks:
 
     def __init__(self, stack: BlockStack, config: CacheConfig) -> None:
         self.stack = stack
-        # Forecasts come in ready made, and no score is kept.
-        config = replace(config, forecast=0, history="full_steps", scorer="random")
-        stream = stack.program.known_stream
-        self._full = [full_region(body, config, stream, has_score=False).graph_module for body in stack.program.bodies]
-        depths = [[1] * self._num_context(number, config) for number in range(len(stack.program.bodies))]
+        # Forecasts come in ready made and as they are, and no score is kept.
+        config = replace(config, forecast=0, history="full_steps", scorer="random", cache_dtype=None)
+        program, stream = stack.program, stack.program.known_stream
+        plan = CachePlan(config, stream.tokens, len(program.blocks), 0, ((stream.tokens,) * len(program.blocks),))
+        first = [next(block.index for block in program.blocks if block.body == number) for number in range(len(program.bodies))]
+        caches = unit_caches(program, plan, [CacheUnit(index, index, False) for index in first])
+        self._full = [full_region(body, config, stream, has_score=False).graph_module for body in program.bodies]
         self._kept = [
-            cached_region(body, config, stream, stream.tokens, depth).graph_module
-            for body, depth in zip(stack.program.bodies, depths, strict=True)
+            cached_region(body, config, stream, stream.tokens, names).graph_module
+            for body, names in zip(program.bodies, caches, strict=True)
         ]
         self._index = torch.arange(stream.tokens, device=stream.device).expand(stream.batch, -1)
-
-    def _num_context(self, number: int, config: CacheConfig) -> int:
-        roles = self.stack.program.bodies[number].known_roles
-        return {"kept": 0, "full": 0, "cached": 2 * len(roles.attentions), "reuse": len(roles.attention_outputs)}[config.context]
 
     def full(self, block: Block, inputs: Sequence[Tensor]) -> tuple[Tensor, Cached]:
         """An I-step's block: its output stream [B, N, C], and what it caches."""

@@ -5,8 +5,7 @@
     the P-step itself       the same, with gradient from the last K blocks on
     loss                    mean (x̂^L − x^L)², x^L of the original model run in full; with guidance of the guided outputs
 
-It learns on the step graphs that inference runs, selections and caches included. Only P-steps are learned from, as in the
-paper; a deployed adapter also acts on I-steps, whose last K blocks are the same modules.
+It learns on the step graphs that inference runs, selections and caches included, and acts where it learned: in P-steps alone.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.fingerprint import weights_digest
-from tokencache_compile.ir import BlockProgram, Body, StepProgram
+from tokencache_compile.ir import BlockProgram, Body, LowRankUpdate, StepProgram
 from tokencache_compile.learn.checkpoint import load_checkpoint, save_checkpoint
 from tokencache_compile.learn.gated import mean_square
 from tokencache_compile.learn.loop import (
@@ -46,7 +45,7 @@ from tokencache_compile.learn.loop import (
 from tokencache_compile.learn.stack import call_of
 from tokencache_compile.learn.window import MakeCall, history_of, solve
 from tokencache_compile.passes.analysis import SDPA, placeholders
-from tokencache_compile.passes.pipeline import StepPrograms, build_steps
+from tokencache_compile.passes.pipeline import StepPrograms, analysed, steps_of
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
 from tokencache_compile.sampling import guided
@@ -101,13 +100,13 @@ def lora_targets(model: nn.Module, program: BlockProgram, last_k: int) -> tuple[
 
 
 @contextmanager
-def added_lora(model: nn.Module, targets: Sequence[str], rank: int = 16, alpha: int | None = None, seed: int = 0) -> Iterator[Any]:
+def added_lora(model: nn.Module, targets: Sequence[str], rank: int = 16, seed: int = 0) -> Iterator[Any]:
     """Within this context ``model`` has LoRA layers at ``targets``; afterwards, whatever happens, it is what it was.
 
     Args:
         model: changed in place; only the adapter's weights require gradients. At first it gives what it gave: B is 0.
         targets: module paths, see :func:`lora_targets`.
-        rank: of the update B·A, which is scaled by ``alpha / rank``; ``alpha`` is the rank if left out.
+        rank: of the update B·A, whose scale is 1.
         seed: of A.
 
     Yields:
@@ -128,7 +127,7 @@ def added_lora(model: nn.Module, targets: Sequence[str], rank: int = 16, alpha: 
         raise ConfigError(f"the model carries an adapter already, at {carried}; merge it or unload it, or load the model anew.")
     children = [(module, dict(module._modules)) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets), lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), lora_dropout=0.0)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -143,6 +142,15 @@ def added_lora(model: nn.Module, targets: Sequence[str], rank: int = 16, alpha: 
         model.__dict__.pop("peft_config", None)
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def low_rank_updates(model: nn.Module, targets: Sequence[str]) -> tuple[LowRankUpdate, ...]:
+    """Within :func:`added_lora`: what P-steps add, in the adapter's own parameters."""
+    layers = [(target, model.get_submodule(target)) for target in targets]
+    return tuple(
+        LowRankUpdate(target, layer.get_parameter("lora_A.default.weight"), layer.get_parameter("lora_B.default.weight"))
+        for target, layer in layers
+    )
 
 
 # -- the hard path --------------------------------------------------------------------------------------------------------
@@ -197,7 +205,7 @@ class HardWindow:
 
     Args:
         model: whose calls are made, with or without its LoRA layers.
-        original, adapted: the step programs of the model without and with LoRA, of one plan.
+        original, adapted: the step programs without and with LoRA in their P-steps, of one plan.
         scheduler: the deployment's solver, its timesteps set.
         guidance: of the deployment; other than 1, calls have the conditional rows and then the null ones.
     """
@@ -309,11 +317,12 @@ def refine(
     feed = Feed(model, batches, scheduler, device)
     call = call_of(model, feed.first_call())
     with accelerator.autocast():
-        original = build_steps(model, call, config, predictor)
-    targets = lora_targets(model, original.program, original.plan.last_k)
+        program, captured = analysed(model, call)
+        original = steps_of(program, captured, config, predictor)
+    targets = lora_targets(model, program, original.plan.last_k)
     with added_lora(model, targets, rank, seed=training.seed) as adapter:
         with accelerator.autocast():
-            adapted = build_steps(model, call, config, predictor)
+            adapted = steps_of(program, captured, config, predictor, low_rank_updates(model, targets))
         window = HardWindow(model, original, adapted, feed.scheduler, training.guidance)
         hard = HardPass([p for p in model.parameters() if p.requires_grad], adapted, training.guidance)
         scores = None if predictor is None else weights_digest(predictor)

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from tokencache_compile.calls import bind_call
 from tokencache_compile.errors import InputError, UnsupportedModelError
 from tokencache_compile.ir import Block, BlockProgram
+from tokencache_compile.opaque_modules import OPAQUE
 from tokencache_compile.passes.capture import BLOCK_OP
 from tokencache_compile.passes.outline import block_call_index
 from tokencache_compile.passes.pipeline import analysed
@@ -58,6 +59,11 @@ class BlockStack:
             raise UnsupportedModelError(
                 others, "it carries other tokens than the cached ones (text)", "Training and calibration know blocks of one stream."
             )
+        for block in self.program.blocks:
+            if any(node.target in OPAQUE for node in self.program.body_of(block).graph_module.graph.nodes):
+                raise UnsupportedModelError(
+                    block.fqn, "it calls a module as it is, through which no gradient flows", "Such models run with untrained scores."
+                )
         self._trainable = trainable
 
     def weights_of(self, block: Block) -> list[Tensor]:

@@ -88,8 +88,8 @@ class Dispatcher(StepDispatcher):
 
     def _source_state(self) -> Hashable:
         """The state of the model; what was captured in another is dropped, as it may share weights that adapters were merged into."""
-        state = model_state(self.model)
-        with self._lock:
+        with self._lock:  # a capture in another thread may scale adapters for the time of its call
+            state = model_state(self.model)
             if state != self._state:
                 self._compiled.clear()
                 self._read.clear()

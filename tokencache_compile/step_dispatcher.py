@@ -219,6 +219,7 @@ class StepDispatcher(nn.Module, ABC):
         call = bind_call(self._name, self._signature, args, kwargs)
         as_tuple = not call.pop("return_dict", True)
         signature, tensors = self._signature_of(call)
+        signature = (self._source_state(), signature)
         timestep = self._check_values(call, tensors)
         try:
             before = self._tracker.current
@@ -236,14 +237,15 @@ class StepDispatcher(nn.Module, ABC):
             return result
         return result.to_tuple() if isinstance(result, BaseOutput) else tuple(outputs)
 
-    def _signature_of(self, call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
-        """What graphs are compiled for (source, shapes, dtypes, devices, constants, autocast), and the call's tensors in graph order."""
+    @staticmethod
+    def _signature_of(call: dict[str, Any]) -> tuple[Hashable, list[Tensor]]:
+        """What graphs are compiled for (shapes, dtypes, devices, constants, autocast), and the call's tensors in graph order."""
         leaves, spec = pytree.tree_flatten(call)
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
         kinds = ((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
         devices = sorted({t.device.type for t in tensors})
         autocast = tuple(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in devices)
-        return (self._source_state(), str(spec), autocast, *kinds), tensors
+        return (str(spec), autocast, *kinds), tensors
 
     def _check_values(self, call: Mapping[str, Any], tensors: list[Tensor]) -> float:
         """The call's timestep, after refusing what must not enter a cache. One read from the device."""
@@ -322,7 +324,7 @@ class StepDispatcher(nn.Module, ABC):
         call.pop("return_dict", None)
         signature, tensors = self._signature_of(call)
         self._check_values(call, tensors)
-        return signature, call
+        return (self._source_state(), signature), call
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from tokencache_compile.ir import (
 from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.passes.capture import BLOCK_OP, disturbed
 from tokencache_compile.passes.outline import block_call_index, counting_body
+from tokencache_compile.passes.rounding import agree, leap_of, relative
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _TRUNK_OPS = (
@@ -495,14 +497,13 @@ def _permutation_test(body: Body, call: BlockCall, tokens: int) -> None:
         moved = _WithoutGrid(body.graph_module).run(*weights, *permuted)
     streams = [(roles.stream_input, roles.stream_output, order(roles.layout))]
     streams += [(c.input, c.output, torch.arange(c.shape[1], device=device)) for c in roles.companions]
+    leap = partial(leap_of, body, weights, tensors)
     for i, o, rows in streams:
-        expected, got = plain[o].index_select(1, rows).float(), moved[o].float()
-        tolerance = 1e-3 if plain[o].dtype == torch.float32 else 5e-2
-        difference = (got - expected).norm() / (expected - tensors[i].index_select(1, rows).float()).norm().clamp_min(1e-6)
-        if not bool(difference < tolerance) and not torch.allclose(got, expected, atol=1e-5):
+        expected, x = plain[o].index_select(1, rows), tensors[i].index_select(1, rows)
+        if not agree(moved[o], expected, x, leap):
             raise UnsupportedModelError(
                 call.fqn,
-                f"permuting its tokens changes its output (relative {float(difference):.1e}), so it depends on positions",
+                f"permuting its tokens changes its output (relative {relative(moved[o], expected, x):.1e}), so it depends on positions",
                 "Such blocks cannot gather tokens.",
             )
 

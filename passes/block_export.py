@@ -22,10 +22,13 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockCall
+from tokencache_compile.model_state import scales_set
 from tokencache_compile.opaque_modules import on_grid, per_token, register
 from tokencache_compile.passes.batch_axis import without_batch_axis
 from tokencache_compile.passes.capture import first_line, recording, replaced_forward
+from tokencache_compile.passes.casting_hooks import casting_traced
 
+_ADAPTERS = ("_disable_adapters", "_active_adapter")  # peft's, of one layer
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype)
 
 
@@ -35,7 +38,7 @@ def _is_simple(value: Any) -> bool:
 
 
 def _simple_attributes(module: nn.Module) -> tuple[Any, ...]:
-    values = {k: v for k, v in module.__dict__.items() if not k.startswith("_") and k != "training"}
+    values = {k: v for k, v in module.__dict__.items() if (not k.startswith("_") or k in _ADAPTERS) and k != "training"}
     return tuple(sorted((k, repr(v)) for k, v in values.items() if _is_simple(v) or inspect.isfunction(v)))
 
 
@@ -66,7 +69,8 @@ def _export_block(call: BlockCall) -> torch.export.ExportedProgram:
     args, kwargs = pytree.tree_unflatten([v.detach().contiguous() if isinstance(v, Tensor) else v for v in call.leaves], call.in_spec)
     # Without duck shaping two axes share a symbol only where the block's arithmetic makes them equal: that is the analysis.
     no_duck_shaping = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-    with torch.no_grad(), no_duck_shaping, replaced_forward(call.module, without_batch_axis(call)):
+    as_called = scales_set(call.module, call.scales)
+    with torch.no_grad(), no_duck_shaping, as_called, casting_traced(call.module), replaced_forward(call.module, without_batch_axis(call)):
         return torch.export.export(call.module, args, kwargs, dynamic_shapes=_dynamic_shapes(call), strict=False)
 
 

@@ -27,7 +27,9 @@ from torch.utils import _pytree as pytree
 from tokencache_compile.calls import TIMESTEP_NAMES
 from tokencache_compile.errors import InputError, UnsupportedModelError
 from tokencache_compile.ir import BlockCall, Capture
+from tokencache_compile.model_state import adapter_scales, scales_set
 from tokencache_compile.passes.batch_axis import add_axis, drop_axis, with_batch_axis
+from tokencache_compile.passes.casting_hooks import casting_traced
 from tokencache_compile.passes.read_values import ReadValues, ValueNeededError
 
 
@@ -128,7 +130,7 @@ def recording(candidates: Mapping[str, nn.Module], calls: list[BlockCall]) -> It
                 return
             leaves, in_spec = pytree.tree_flatten((args, kwargs))
             outputs, out_spec = pytree.tree_flatten(output)
-            calls.append(BlockCall(fqn, module, tuple(leaves), in_spec, tuple(outputs), out_spec))
+            calls.append(BlockCall(fqn, module, adapter_scales(module), tuple(leaves), in_spec, tuple(outputs), out_spec))
 
         return hook
 
@@ -292,6 +294,7 @@ def _export(
 
     def export(known: frozenset[int] | None) -> torch.export.ExportedProgram:
         with ExitStack() as stack:
+            stack.enter_context(casting_traced(model))
             stack.enter_context(_opaque(calls))
             if known is None:
                 stack.enter_context(redirect_stderr(StringIO()))  # torch prints how far it came; there is a second trial
@@ -373,7 +376,7 @@ def capture(model: nn.Module, kwargs: Mapping[str, Any], left_out: frozenset[str
     has_switch = "return_dict" in inspect.signature(model.forward).parameters
     candidates = {fqn: block for fqn, block in candidate_blocks(model).items() if fqn.rpartition(".")[0] not in left_out}
     calls: list[BlockCall] = []
-    with torch.no_grad():
+    with torch.no_grad(), scales_set(model, adapter_scales(model)):
         try:
             with recording(candidates, calls):
                 result = model(**kwargs, **({"return_dict": True} if has_switch else {}))

@@ -44,7 +44,7 @@ def _body_of(name: str, call: BlockCall, exported: torch.export.ExportedProgram)
         raise UnsupportedModelError(
             call.fqn, "the block changes its inputs or buffers in place", "A cached block must be a function of its inputs."
         )
-    if _writes_through_views(exported.graph):
+    if not _without_writes(exported.graph):
         exported = exported.run_decompositions({})
     lifted = lifted_names(exported)
     graph = Graph()
@@ -87,13 +87,30 @@ def _own(graph: Graph, value: Node) -> Node:
     return copy
 
 
-def _writes_through_views(graph: Graph) -> bool:
-    """Whether an operation writes in place and its result is not read: the effect shows only in what it is a view of.
+def _without_writes(graph: Graph) -> bool:
+    """Give in-place operations their pure form, where nothing else reads what they write to; whether none is left.
 
-    The passes follow values, so such a graph (CogVideoX rotates the image's part of its queries) is made functional first.
+    The passes follow values and copy operations, so an addition in place (torchao's linears) would be done twice on one tensor.
     """
-    calls = [node for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return any(node.target._schema.is_mutable and not node.users for node in calls)
+    clean = True
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            pure = getattr(torch.ops.aten, node.target._opname.rstrip("_"), None)
+            overload = getattr(pure, node.target._overloadname, None)
+            if overload is not None and _is_own(node.args[0]) and len({n.meta["val"].dtype for n in node.all_input_nodes}) == 1:
+                node.target = overload
+            else:
+                clean = False
+    return clean
+
+
+def _is_own(node: Node) -> bool:
+    """Whether nothing but the one reader of ``node`` reads the memory it lies in."""
+    while len(node.users) == 1 and isinstance(node.target, torch._ops.OpOverload):
+        if not any(argument.alias_info for argument in node.target._schema.arguments):
+            return True
+        node = node.args[0]  # type: ignore[assignment]
+    return False
 
 
 def _writes_to_inputs(graph: Graph) -> bool:

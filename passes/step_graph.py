@@ -11,6 +11,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from tokencache_compile.ir import Block, BlockProgram, CacheSpec, StepKind, StepProgram
 from tokencache_compile.passes.capture import BLOCK_OP
+from tokencache_compile.passes.inner_tensors import Access, take_apart, taken
 from tokencache_compile.passes.outline import block_call_index
 from tokencache_compile.passes.regions import Region, plain_region
 
@@ -26,6 +27,7 @@ class StepGraph:
         self.tracer = GraphAppendingTracer(self.graph)
         self.root: dict[str, Any] = {}
         self._weights: dict[str, Node] = {}
+        self._accesses: dict[str, tuple[Access, ...]] = {}
         self._inputs = {name: self.graph.placeholder(name) for name in program.input_names}
         self.extras = {name: self.proxy(self.graph.placeholder(name)) for name in extras}
         self.cache_in = {spec.name: self.proxy(self.graph.placeholder(spec.name)) for spec in caches}
@@ -44,8 +46,9 @@ class StepGraph:
     def call(self, name: str, make: Callable[[], Region], arguments: Sequence[Node], num_outputs: int) -> list[Node]:
         """Call the region ``name``, made at its first use."""
         if name not in self.root:
-            self.root[name] = make()
-        result = self.proxy(self.graph.call_module(name, tuple(arguments)))
+            module, self._accesses[name] = take_apart(make().graph_module)
+            self.root[name] = Region(module)
+        result = self.proxy(self.graph.call_module(name, tuple(taken(self.graph, arguments, self._accesses[name]))))
         return [result[i].node for i in range(num_outputs)]
 
     def block_weights(self, block: Block) -> list[Node]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tokencache_compile.passes.caches import unit_caches
 from tokencache_compile.passes.capture import BLOCK_OP
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.regions import cached_region
+from tokencache_compile.passes.rounding import agree, leap_of
 from tokencache_compile.plan import CacheConfig, CachePlan
 
 
@@ -109,20 +111,14 @@ def verify_context(program: BlockProgram, captured: Capture, plan: CachePlan) ->
         rows = KeptRows(index, stream, kept).positions(roles.layout)[0]
         streams = [(roles.stream_input, roles.stream_output, rows)]
         streams += [(c.input, c.output, torch.arange(c.shape[1], device=stream.device)) for c in roles.companions]
-        if not all(_agree(got[o][:, rows], expected[o][:, rows], tensors[i][:, rows]) for i, o, rows in streams):
+        leap = partial(leap_of, body, weights, tensors)
+        if not all(agree(got[o][:, rows], expected[o][:, rows], tensors[i][:, rows], leap) for i, o, rows in streams):
             raise UnsupportedModelError(
                 call.fqn,
                 "its tokens reach each other in other ways than torch.nn.functional.scaled_dot_product_attention, "
                 f"so context={plan.config.context!r} cannot be made for them",
                 'Use context="kept", or an attention processor that calls that function (AttnProcessor2_0).',
             )
-
-
-def _agree(got: Tensor, expected: Tensor, x: Tensor) -> bool:
-    """Whether a block gave what was expected of it, up to rounding; ``x`` is what it was given."""
-    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
-    error = (got.float() - expected.float()).norm() / (expected.float() - x.float()).norm().clamp_min(1e-6)
-    return bool(error < tolerance) or torch.allclose(got.float(), expected.float(), atol=1e-5)
 
 
 def same_as_eager(step: StepProgram, captured: Capture, initial: Sequence[Tensor]) -> None:

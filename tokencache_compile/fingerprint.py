@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.runtime import Dispatcher
@@ -30,16 +31,27 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def _base_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers by the names they have without adapters: peft keeps the original as ``base_layer``."""
+    """Parameters and persistent buffers by the names they have without adapters: peft keeps the original as ``base_layer``.
+
+    A quantised weight (a tensor subclass) is given as the plain tensors that it is made of.
+    """
     original = module._modules.get("base_layer")
     if original is not None and hasattr(module, "adapter_layer_names"):
         yield from _base_weights(original, prefix)
         return
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         if name not in module._non_persistent_buffers_set:
-            yield prefix + name, tensor.detach()
+            yield from _plain(prefix + name, tensor.detach())
     for name, child in module.named_children():
         yield from _base_weights(child, f"{prefix}{name}.")
+
+
+def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{inner}", getattr(tensor, inner))
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

@@ -23,11 +23,13 @@ StepKind = Literal["I", "P"]
 class BlockCall:
     """One call of one block, as the eager model made it: its arguments flattened by ``torch.utils._pytree``.
 
+    ``scales`` are those of its adapters during the call.
     ``flat_inputs`` and ``flat_outputs``: positions of streams that the block itself takes and returns without a batch axis.
     """
 
     fqn: str
     module: torch.nn.Module
+    scales: Mapping[str, Mapping[str, float]]
     leaves: tuple[Any, ...]
     in_spec: Any
     outputs: tuple[Any, ...]
@@ -228,10 +230,19 @@ class BlockProgram:
         return self.bodies[block.body]
 
     def shares_weights_of(self, model: torch.nn.Module) -> bool:
-        """Whether the program's weights still are the model's own parameters and buffers."""
+        """Whether the program's weights still are the model's own parameters, and its buffers equal to the model's.
+
+        A model that leaves the GPU and comes back has the same parameters and other, equal buffers.
+        """
         own: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         own |= dict(model.named_buffers(remove_duplicate=False))
-        return self.tensors.keys() == own.keys() and all(self.tensors[name] is tensor for name, tensor in own.items())
+        return self.tensors.keys() == own.keys() and all(_is_same(self.tensors[name], tensor) for name, tensor in own.items())
+
+
+def _is_same(known: Tensor, now: Tensor) -> bool:
+    if known is now or isinstance(now, torch.nn.Parameter):
+        return known is now
+    return known.shape == now.shape and known.dtype == now.dtype and known.device == now.device and torch.equal(known, now)
 
 
 @dataclass(frozen=True, eq=False)

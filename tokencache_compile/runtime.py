@@ -18,6 +18,7 @@ from tokencache_compile.call_format import CallFormat, values_digest
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.ir import LowRankUpdate
+from tokencache_compile.model_state import model_state
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
@@ -66,6 +67,7 @@ class Dispatcher(StepDispatcher):
         self._compiled: dict[Hashable, Captured] = {}
         self._read: dict[Hashable, frozenset[int]] = {}
         self._lock = threading.RLock()
+        self._state = model_state(model)
         self.train(model.training)
 
     def __getattr__(self, name: str) -> Any:
@@ -83,6 +85,16 @@ class Dispatcher(StepDispatcher):
             raise InputError(
                 f"{type(self.model).__name__} is in training mode, where it is random (dropped labels, dropout). Call model.eval() first."
             )
+
+    def _source_state(self) -> Hashable:
+        """The state of the model; what was captured in another is dropped, as it may share weights that adapters were merged into."""
+        with self._lock:  # a capture in another thread may scale adapters for the time of its call
+            state = model_state(self.model)
+            if state != self._state:
+                self._compiled.clear()
+                self._read.clear()
+                self._state = state
+        return state
 
     def _lookup(self, signature: Hashable, call: dict[str, Any], begins: bool) -> Captured:
         with self._lock:
@@ -119,11 +131,12 @@ class Dispatcher(StepDispatcher):
         """What is compiled for the signature of ``example_inputs``, captured now if it was not; None: the last signature.
 
         Raises:
-            ConfigError: nothing is captured yet.
+            ConfigError: nothing is captured yet of the model with the adapters it has now.
         """
         if example_inputs is not None:
             signature, call = self._accept(example_inputs)
             return self._lookup(signature, call, begins=True)
+        self._source_state()
         if not self._compiled:
             raise ConfigError("nothing is captured yet: call the model once, or pass example_inputs.")
         return list(self._compiled.values())[-1]

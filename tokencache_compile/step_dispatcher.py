@@ -165,6 +165,10 @@ class StepDispatcher(nn.Module, ABC):
     def _check_source(self) -> None:
         """Raise an InputError if no step may run at all now."""
 
+    def _source_state(self) -> Hashable:
+        """What steps depend on beside the call: others are compiled for another."""
+        return None
+
     # -- switches -------------------------------------------------------------------------------------------------
 
     def enable(self) -> None:
@@ -208,13 +212,14 @@ class StepDispatcher(nn.Module, ABC):
 
         Raises:
             InputError: an argument is missing, unknown or NaN, or a gradient is asked for.
-            UnsupportedModelError, ConfigError: at the first call of a signature, if the model cannot be transformed so.
+            UnsupportedModelError, ConfigError: at the first call of a signature, if the model cannot be transformed so; hooks were added.
         """
         if not self._enabled:
             return self._uncached(args, kwargs)
         call = bind_call(self._name, self._signature, args, kwargs)
         as_tuple = not call.pop("return_dict", True)
         signature, tensors = self._signature_of(call)
+        signature = (self._source_state(), signature)
         timestep = self._check_values(call, tensors)
         try:
             before = self._tracker.current
@@ -319,7 +324,7 @@ class StepDispatcher(nn.Module, ABC):
         call.pop("return_dict", None)
         signature, tensors = self._signature_of(call)
         self._check_values(call, tensors)
-        return signature, call
+        return (self._source_state(), signature), call
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -29,7 +29,6 @@ from torch.fx import Interpreter, Node
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import (
     Attention,
-    AttentionOutput,
     Block,
     BlockCall,
     BlockProgram,
@@ -37,6 +36,7 @@ from tokencache_compile.ir import (
     Capture,
     Companion,
     Layout,
+    ModuleOutput,
     Roles,
     SideInput,
     Stream,
@@ -78,6 +78,16 @@ def attention_mask(node: Node) -> Node | None:
 def _is_causal(node: Node) -> bool:
     """Whether an attention call is: its queries see the keys up to their own position."""
     return bool(node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+
+
+def per_token_nodes(body: Body) -> set[Node]:
+    """The nodes of a body that are made from its cached stream, or from what gathers with it."""
+    roles, inputs = body.known_roles, placeholders(body)
+    found = {inputs[roles.stream_input], *(inputs[side.position] for side in roles.side_inputs)}
+    for node in body.graph_module.graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def shape_of(node: Node) -> tuple[int | SymInt, ...]:
@@ -335,11 +345,11 @@ def _leaving(body: Body, attention: Node, streams: Sequence[Node]) -> list[Node]
 
 def _attention_outputs(
     body: Body, queries: Mapping[str, Layout | None], streams: Sequence[Node], token: SymInt, place: _Place, probe: _Probe
-) -> tuple[AttentionOutput, ...]:
+) -> tuple[ModuleOutput, ...]:
     """What the self-attentions give to the rest of the body, each once."""
     nodes = {n.name: n for n in body.graph_module.graph.nodes}
     stream_axis, batch = shape_of(streams[0])[1], probe.shapes[streams[0].name][0]
-    found: dict[str, AttentionOutput] = {}
+    found: dict[str, ModuleOutput] = {}
     for name, query_layout in queries.items():
         query = nodes[name].args[0]
         assert isinstance(query, Node)
@@ -355,7 +365,7 @@ def _attention_outputs(
                     body.name, f"its attention leaves {node.name} with a token axis of {axis}", "Its tokens cannot be told apart."
                 )
             shape = probe.shapes[node.name]
-            found.setdefault(node.name, AttentionOutput(node.name, shape[-2], layout, shape[0] == batch))
+            found.setdefault(node.name, ModuleOutput(node.name, shape[-2], layout, shape[0] == batch))
     return tuple(found.values())
 
 

@@ -4,7 +4,8 @@
     out = body(x_kept)                            x' = x + (held or forecast update)
     x'[index] = out                               cache[index] = out - x_kept, where the history takes it
 
-The last K blocks run in full; blocks with n_l = 0 only add their cache (see ``fold_skipped``).
+The last K blocks run in full; blocks with n_l = 0 only add their cache (see ``fold_skipped``). Where modules are cached apart
+(``modules``), every cached block runs its gates and residuals on all tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.fx import Node
 from tokencache_compile.ir import Block, BlockProgram, CacheUnit, StepProgram
 from tokencache_compile.passes.cache_ops import add_forecast, forecast_weights, load
 from tokencache_compile.passes.caches import SHARED_STAMPS, UnitCaches, cache_specs, unit_caches, written_in_p_steps
-from tokencache_compile.passes.regions import cached_region
+from tokencache_compile.passes.regions import cached_region, module_region
 from tokencache_compile.passes.selection import predictor_scores, select
 from tokencache_compile.passes.step_graph import StepGraph
 from tokencache_compile.plan import CachePlan
@@ -29,10 +30,11 @@ def make_cached(
     plan: CachePlan,
     units: Sequence[CacheUnit],
     extras: Sequence[str],
-    keep: tuple[int, ...],
+    profile: int,
     predictor: CachePredictor | None,
 ) -> StepProgram:
-    """The P-step graph of one keep profile of ``plan``."""
+    """The P-step graph of keep profile number ``profile`` of ``plan``."""
+    keep = plan.profiles[profile]
     caches = unit_caches(program, plan, units)
     config, stream = plan.config, program.known_stream
     step = StepGraph(program, cache_specs(caches), extras)
@@ -66,6 +68,17 @@ def make_cached(
             outputs[o] = held.node
         return outputs
 
+    def gated(block: Block, inputs: list[Node], kept: int, names: UnitCaches) -> list[Node]:
+        """A block whose modules are cached apart: its gates and residuals run, whatever it keeps."""
+        body = program.body_of(block)
+        arguments = [*step.block_weights(block), *inputs]
+        if kept:
+            arguments.append(select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch).node)
+        arguments += [value.node for value in (*common, *(step.cache_in[spec.name] for spec in names.flat_context))]
+        fresh = plan.fresh_of(profile, block.index)
+        name = "_".join([body.name, "gated", str(kept), *(["fresh", "".join(str(int(f)) for f in fresh)] if fresh else [])])
+        return step.call(name, lambda: module_region(body, config, stream, kept, fresh, names), arguments, body.num_outputs)
+
     def visit(block: Block, inputs: list[Node]) -> list[Node]:
         body = program.body_of(block)
         if block.index == 0 and predictor is not None and any(keep):
@@ -76,6 +89,10 @@ def make_cached(
         updates = [step.cache_in[spec.name] for spec in names.updates]
         forecast = forecast_inputs(names)
         kept = keep[block.index]
+        if config.granularity == "module":
+            return gated(block, inputs, kept, names)
+        if kept == stream.tokens and config.context in ("kept", "full") and config.history == "full_steps":
+            return step.plain_block(block, inputs)  # every token among every token
         if kept == 0:
             return skipped(block, inputs, unit, names, forecast)
         index = select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch)

@@ -11,6 +11,7 @@ import torch
 from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheSpec, CacheUnit
 from tokencache_compile.opaque_modules import ON_GRID
+from tokencache_compile.passes.modules import reused_outputs
 from tokencache_compile.plan import CacheConfig, CachePlan
 
 SHARED_STAMPS = "stamps"
@@ -62,8 +63,9 @@ def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> 
     roles, nodes = body.known_roles, {n.name: n for n in body.graph_module.graph.nodes}
     specs: list[tuple[CacheSpec, ...]] = []
     context = plan.config.context
+    outputs = reused_outputs(body, stream, plan.config)
     unbatched = [a.node for a in roles.attentions if context == "cached" and not a.has_batch]
-    unbatched += [o.node for o in roles.attention_outputs if context == "reuse" and not o.has_batch]
+    unbatched += [o.node for o in outputs if not o.has_batch]
     if unbatched:
         raise UnsupportedModelError(
             program.blocks[unit.first].fqn,
@@ -77,14 +79,15 @@ def _context_caches(program: BlockProgram, plan: CachePlan, unit: CacheUnit) -> 
                 shape = (stream.batch, stream.tokens, *_per_token_shape(part))
                 specs.append((_values(f"{name}_{suffix}", shape, part.meta["val"].dtype, plan.config),))
     elif plan.config.context == "reuse":
+        kind = "module" if plan.config.granularity == "module" else "attention"
         # Reused attention is forecast like the updates, where their stamps are its own: those of the I-steps.
         depth = plan.config.forecast + 1 if plan.config.history == "full_steps" else 1
-        for number, output in enumerate(roles.attention_outputs):
-            suffix = f"{unit.name}_{number}" if len(roles.attention_outputs) > 1 else unit.name
+        for number, output in enumerate(outputs):
+            suffix = f"{unit.name}_{number}" if len(outputs) > 1 else unit.name
             node = nodes[output.node]
             shape = (stream.batch, output.rows, *_per_token_shape(node))
             dtype = node.meta["val"].dtype
-            specs.append(tuple(_values(f"attention_{suffix}_{i}", shape, dtype, plan.config) for i in range(depth)))
+            specs.append(tuple(_values(f"{kind}_{suffix}_{i}", shape, dtype, plan.config) for i in range(depth)))
     elif plan.config.context == "kept":
         on_grid: list[Any] = [n for n in nodes.values() if n.target is ON_GRID]
         for number, node in enumerate(on_grid):
@@ -135,7 +138,8 @@ def unit_caches(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUni
         body = program.body_of(program.blocks[unit.first])
         grid = (stream.batch, stream.tokens + body.known_roles.layout.others)
         shape = (*grid, stream.channels)
-        updates = tuple(_values(f"update_{unit.name}_{i}", shape, stream.dtype, config) for i in range(config.forecast + 1))
+        depth = 0 if config.granularity == "module" else config.forecast + 1
+        updates = tuple(_values(f"update_{unit.name}_{i}", shape, stream.dtype, config) for i in range(depth))
         stamps = _stamps(config, unit, grid) if config.forecast else None
         scored = config.scorer in ("change", "norm") and not unit.skipped
         score = CacheSpec(f"score_{unit.name}", (stream.batch, stream.tokens), torch.float32, torch.float32) if scored else None

@@ -11,7 +11,7 @@ keys do not depend on the stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch.fx import Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
 from tokencache_compile.errors import UnsupportedModelError
-from tokencache_compile.ir import Attention, Body, Layout
+from tokencache_compile.ir import Attention, Body, Layout, Stream
 from tokencache_compile.opaque_modules import ON_GRID, from_rows, to_rows
-from tokencache_compile.passes.analysis import attention_mask, body_outputs, placeholders
+from tokencache_compile.passes.analysis import attention_mask, body_outputs, per_token_nodes
 from tokencache_compile.passes.groups import attend_by_group
 from tokencache_compile.passes.kept_rows import KeptRows
+from tokencache_compile.passes.modules import reused_outputs
 from tokencache_compile.passes.pair_mask import pair_mask
-from tokencache_compile.plan import Context
+from tokencache_compile.plan import CacheConfig, Context
 
 
 def tokens_first(value: Any, rank: int) -> Any:
@@ -53,16 +54,7 @@ class BodyCopy:
         sources = [n for n in self.source.nodes if n.op == "placeholder"]
         self.all_tokens: dict[Node, Node] = dict(zip(sources, [*weights, *inputs], strict=True))
         self.kept: dict[Node, Node] = dict(zip(sources, [*weights, *(kept_inputs or inputs)], strict=True))
-        self.per_token = self._per_token_nodes()
-
-    def _per_token_nodes(self) -> set[Node]:
-        roles = self.body.known_roles
-        inputs = placeholders(self.body)
-        found = {inputs[roles.stream_input], *(inputs[side.position] for side in roles.side_inputs)}
-        for node in self.source.nodes:
-            if any(n in found for n in node.all_input_nodes):
-                found.add(node)
-        return found
+        self.per_token = per_token_nodes(body)
 
     def _copy(self, node: Node, env: dict[Node, Node]) -> Node:
         if node not in env:
@@ -92,8 +84,9 @@ class BodyCopy:
                 self.all_tokens[node] = attend_by_group(node, groups, lambda n: Proxy(self.all_tokens[n], self.tracer)).node
         return self._results(self.all_tokens)
 
-    def context_values(self, context: Context, tokens: int) -> list[Node]:
-        """After :meth:`run`: what an I-step caches for ``context``, token axis first; of keys and values the N ``tokens``' alone."""
+    def context_values(self, config: CacheConfig, stream: Stream) -> list[Node]:
+        """After :meth:`run`: what an I-step caches beside updates, token axis first; of keys and values the N tokens' alone."""
+        context, tokens = config.context, stream.tokens
         roles, nodes = self.body.known_roles, {n.name: n for n in self.source.nodes}
         values: list[Any] = []
         if context == "cached":
@@ -101,10 +94,9 @@ class BodyCopy:
                 for node in _keys_values(nodes[attention.node]):
                     value = tokens_first(Proxy(self.all_tokens[node], self.tracer), node.meta["val"].dim())
                     values.append(value.narrow(1, attention.keys.before, tokens) if attention.keys.others else value)
-        elif context == "reuse":
-            for output in roles.attention_outputs:
-                node = nodes[output.node]
-                values.append(tokens_first(Proxy(self.all_tokens[node], self.tracer), node.meta["val"].dim()))
+        for output in reused_outputs(self.body, stream, config):
+            node = nodes[output.node]
+            values.append(tokens_first(Proxy(self.all_tokens[node], self.tracer), node.meta["val"].dim()))
         for node in self._on_grid() if context == "kept" else ():
             x, _, _, axis, grid = node.args
             values.append(to_rows(Proxy(self.all_tokens[x], self.tracer), axis, len(grid)))
@@ -150,6 +142,18 @@ class BodyCopy:
             else:
                 self._copy(node, self.kept)
         return self._results(self.kept)
+
+    def run_beyond(self, given: Mapping[str, Any]) -> list[Node]:
+        """What stands behind some nodes, on all tokens: the body's outputs made from their values ``given`` by name, token axis first."""
+        for node in self._nodes():
+            if node.name in given:
+                self.all_tokens[node] = tokens_first(given[node.name], node.meta["val"].dim()).node
+        return self.copy_ancestors(body_outputs(self.body), self.all_tokens)
+
+    def kept_value(self, name: str) -> Any:
+        """After :meth:`run_kept`: the value of a node for the kept tokens, token axis first."""
+        node = next(node for node in self.source.nodes if node.name == name)
+        return tokens_first(Proxy(self.kept[node], self.tracer), node.meta["val"].dim())
 
     def _among_neighbours(self, node: Any, stored: Any, kept: KeptRows) -> Node:
         """A module on the grid: the kept tokens' input is fresh, their neighbours' is that of the last I-step (``stored`` [B, N, …])."""

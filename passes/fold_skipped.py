@@ -32,7 +32,12 @@ def _feeds(program: BlockProgram, first: int, second: int) -> bool:
 
 
 def fold_skipped(program: BlockProgram, plan: CachePlan) -> tuple[CacheUnit, ...]:
-    """Group the cached blocks into units: single blocks, and runs with n_l = 0 in every keep profile."""
+    """Group the cached blocks into units: single blocks, and runs with n_l = 0 in every keep profile.
+
+    Where modules are cached apart every block runs its gates on every step, and is a unit of its own.
+    """
+    if plan.config.granularity == "module":
+        return tuple(CacheUnit(index, index, False) for index in range(plan.num_cached))
     units: list[CacheUnit] = []
     for index in range(plan.num_cached):
         skipped = all(keep[index] == 0 for keep in plan.profiles)

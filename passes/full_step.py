@@ -47,7 +47,7 @@ def make_full(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUnit]
         if has_score and plan.config.scorer == "change":
             previous: Any = load(step.cache_in[names.updates[0].name], names.updates[0])
             arguments.append(previous.node)
-        count = body.num_outputs + 1 + has_score + len(names.context)
+        count = body.num_outputs + bool(names.updates) + has_score + len(names.context)
         results = step.call(
             f"{body.name}_full", lambda: full_region(body, plan.config, program.known_stream, has_score), arguments, count
         )
@@ -73,15 +73,14 @@ def _stamp(step: StepGraph, stamps: CacheSpec, forecast: int) -> None:
 
 
 def _store(step: StepGraph, plan: CachePlan, names: UnitCaches, written: list[Any]) -> None:
-    """Name the caches of one unit: its update, and what else the region gave."""
-    update, *rest = written
-    _moved_down(step, names.updates, update)
+    """Name the caches of one unit: its update where it has one, and what else the region gave."""
+    updates = [names.updates] if names.updates else []
     if names.stamps is not None:
         _stamp(step, names.stamps, plan.config.forecast)
     if names.companion_stamps is not None and names.companion_stamps != names.stamps:
         _stamp(step, names.companion_stamps, plan.config.forecast)
     score = [(names.score,)] if names.score is not None else []
-    for history, value in zip([*score, *names.context], rest, strict=True):
+    for history, value in zip([*updates, *score, *names.context], written, strict=True):
         _moved_down(step, history, value)
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-_LINEAR = torch.ops.aten.linear.default
+LINEAR = torch.ops.aten.linear.default
 _CHUNK = torch.ops.aten.chunk.default
 _SLICE = torch.ops.aten.slice.Tensor
 
 
 def _splits_features(chunk: Any, linear: Any) -> bool:
     """Whether ``chunk`` splits the last axis of a linear that nothing else reads into equal, separately read parts."""
-    if not isinstance(linear, Node) or linear.target is not _LINEAR or "val" not in linear.meta or len(linear.users) > 1:
+    if not isinstance(linear, Node) or linear.target is not LINEAR or "val" not in linear.meta or len(linear.users) > 1:
         return False
     shape, count = linear.meta["val"].shape, chunk.args[1]
     dim = chunk.args[2] if len(chunk.args) > 2 else 0

@@ -109,7 +109,7 @@ def steps_of(
     extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
     full = make_full(program, plan, units, extras)
     refined = with_updates(program, lora, plan.num_cached) if lora and caching else program
-    cached = tuple(make_cached(refined, plan, units, extras, keep, predictor) for keep in plan.profiles) if caching else ()
+    cached = tuple(make_cached(refined, plan, units, extras, number, predictor) for number in range(len(plan.profiles))) if caching else ()
     random_shape = (1, plan.num_cached, plan.tokens)
     macs_full, *macs_cached = [verify_step(step, captured.example_inputs, random_shape) for step in (full, *cached)]
     spec, read = captured.output_spec, captured.read_inputs

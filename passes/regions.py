@@ -6,7 +6,9 @@ A region takes its weights as inputs, so blocks of one structure and one keep co
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,25 +16,38 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
+from tokencache_compile.errors import ConfigError
 from tokencache_compile.ir import Body, Layout, Stream
 from tokencache_compile.passes.cache_ops import add_forecast, extrapolate, forecast_weights, load, store, update_score
 from tokencache_compile.passes.caches import UnitCaches
 from tokencache_compile.passes.context import BodyCopy
 from tokencache_compile.passes.kept_rows import KeptRows
+from tokencache_compile.passes.modules import module_outputs
 from tokencache_compile.passes.narrow_linears import narrow_linears
 from tokencache_compile.plan import CacheConfig
 
+_numbers = itertools.count()
+
 
 class Region(nn.Module):
-    """A graph that ``torch.compile`` compiles once and calls from every block that uses it."""
+    """A graph that ``torch.compile`` compiles once and calls from every block that uses it.
+
+    Each region is marked by a function of its own: the compiler takes calls of one function with inputs of the same shapes for the same
+    region, whichever graph they run.
+    """
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
         self.graph_module = graph_module
+        own = FunctionType(_run.__code__.replace(co_name=f"region_{next(_numbers)}"), _run.__globals__)
+        self._run = torch.compiler.nested_compile_region(own)
 
-    @torch.compiler.nested_compile_region
     def forward(self, *args: Any) -> Any:
-        return self.graph_module(*args)
+        return self._run(self.graph_module, *args)
+
+
+def _run(graph_module: GraphModule, *args: Any) -> Any:
+    return graph_module(*args)
 
 
 class _RegionGraph:
@@ -50,6 +65,17 @@ class _RegionGraph:
 
     def proxy(self, node: Node) -> Any:
         return Proxy(node, self.tracer)
+
+    def kept_inputs(self, body: Body, kept: KeptRows) -> list[Node]:
+        """The inputs with the kept rows of what gathers: the cached stream and its side inputs."""
+        roles, inputs = body.known_roles, list(self.inputs)
+        inputs[roles.stream_input] = kept.take(self.proxy(inputs[roles.stream_input]), roles.layout).node
+        for side in roles.side_inputs:
+            value = kept.take_along(self.proxy(self.inputs[side.position]), side.token_dim, side.has_batch, side.layout)
+            if side.other_dim is not None:
+                value = kept.take_along(value, side.other_dim, side.has_batch, side.layout)
+            inputs[side.position] = value.node
+        return inputs
 
     def finish(self, body: Body, outputs: Sequence[Any]) -> Region:
         self.graph.output(tuple(value.node for value in outputs))
@@ -70,9 +96,9 @@ def plain_region(body: Body) -> Region:
 
 
 def full_region(body: Body, config: CacheConfig, stream: Stream, has_score: bool) -> Region:
-    """An I-step's block: ``(*weights, *inputs, [previous update]) -> (*outputs, update, [score], *context caches)``.
+    """An I-step's block: ``(*weights, *inputs, [previous update]) -> (*outputs, [update], [score], *context caches)``.
 
-    The outputs are the block's own, bit for bit; the caches are read off beside them.
+    The outputs are the block's own, bit for bit; the caches are read off beside them. No update where modules are cached apart.
     """
     region = _RegionGraph(body)
     roles = body.known_roles
@@ -81,8 +107,9 @@ def full_region(body: Body, config: CacheConfig, stream: Stream, has_score: bool
     outputs = [region.proxy(node) for node in copy.run()]
     update = outputs[roles.stream_output] - region.proxy(region.inputs[roles.stream_input])
     scores = [_score(update, previous, roles.layout, stream.tokens)] if has_score else []
-    context = [region.proxy(node) for node in copy.context_values(config.context, stream.tokens)]
-    return region.finish(body, [*outputs, update, *scores, *context])
+    context = [region.proxy(node) for node in copy.context_values(config, stream)]
+    updates = [update] if config.granularity == "block" else []
+    return region.finish(body, [*outputs, *updates, *scores, *context])
 
 
 def _score(update: Any, previous: Any, layout: Layout, tokens: int) -> Any:
@@ -116,16 +143,9 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, c
     context = [[load(v, spec) for v, spec in zip(*pair, strict=True)] for pair in zip(stored_context, caches.context, strict=True)]
 
     kept = KeptRows(index, stream, count)
-    kept_inputs = list(region.inputs)
     x = region.proxy(region.inputs[roles.stream_input])
-    x_kept = kept.take(x, layout)
-    kept_inputs[roles.stream_input] = x_kept.node
-    for side in roles.side_inputs:
-        value = kept.take_along(region.proxy(region.inputs[side.position]), side.token_dim, side.has_batch, side.layout)
-        if side.other_dim is not None:
-            value = kept.take_along(value, side.other_dim, side.has_batch, side.layout)
-        kept_inputs[side.position] = value.node
-
+    kept_inputs = region.kept_inputs(body, kept)
+    x_kept = region.proxy(kept_inputs[roles.stream_input])
     copy = BodyCopy(region.tracer, body, region.weights, region.inputs, kept_inputs)
     new_context: list[Any] = []
     if config.context == "reuse":
@@ -154,3 +174,36 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, c
         new = _score(update, older[0] if config.scorer == "change" else None, layout, count)
         results.append(kept.put(score, new, Layout()))
     return region.finish(body, [*results, *new_context])
+
+
+def module_region(body: Body, config: CacheConfig, stream: Stream, count: int, fresh: Sequence[bool], caches: UnitCaches) -> Region:
+    """A P-step's block whose modules are cached apart: ``(*weights, *inputs, [index], *forecast weights, *modules) -> outputs``.
+
+    Every module's output is held or forecast for all tokens; with ``count`` kept tokens, those of ``index`` [B, n] run through all but
+    self-attention, and what their modules give is put in its place. Modules that are ``fresh`` are computed on all tokens. Gates and
+    residuals are this step's own, on all tokens.
+
+    Raises:
+        ConfigError: ``fresh`` names another number of modules.
+    """
+    region = _RegionGraph(body)
+    index = region.placeholder("index") if count else None
+    weights = [region.placeholder(f"forecast_weight_{i}") for i in range(config.forecast + 1)] if config.forecast else []
+    stored = [[region.placeholder(f"module_{i}_{j}") for j in range(len(h))] for i, h in enumerate(caches.context)]
+    parts = module_outputs(body, stream)
+    if fresh and len(fresh) != len(parts):
+        raise ConfigError(f"fresh={tuple(fresh)} was asked for; {body.name} has {len(parts)} modules: {', '.join(p.node for p in parts)}.")
+    given: dict[str, Any] = {}
+    for part, values, specs, computed in zip(parts, stored, caches.context, fresh or [False] * len(parts), strict=True):
+        if not computed:
+            given[part.node] = extrapolate([load(v, spec) for v, spec in zip(values, specs, strict=True)], weights)
+    if index is None:
+        copy = BodyCopy(region.tracer, body, region.weights, region.inputs)
+    else:
+        kept = KeptRows(index, stream, count)
+        copy = BodyCopy(region.tracer, body, region.weights, region.inputs, region.kept_inputs(body, kept))
+        attention = [output.node for output in body.known_roles.attention_outputs]
+        copy.run_kept("reuse", [kept.take(given[name], Layout()) for name in attention], kept, [])
+        for name in given.keys() - attention:
+            given[name] = kept.put(given[name], copy.kept_value(name), Layout())
+    return region.finish(body, [region.proxy(node) for node in copy.run_beyond(given)])

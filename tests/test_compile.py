@@ -121,3 +121,27 @@ def test_two_keep_counts_are_two_bodies() -> None:
     (cached,) = steps.cached
     assert regions(cached) == {"body_0", "body_0_cached_3", "body_0_cached_5"}
     assert regions(steps.full) == {"body_0", "body_0_full"}
+
+
+def test_regions_of_one_signature_are_told_apart() -> None:
+    """Two regions whose inputs have the same shapes, run several times in one frame, each stay what they are."""
+
+    def region(operation: Any) -> Region:
+        graph = torch.fx.Graph()
+        graph.output((graph.call_function(operation, (graph.placeholder("x"),)),))
+        return Region(GraphModule({}, graph))
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = region(torch.sin), region(torch.exp)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = self.second(self.first(x)[0])[0]
+            return x
+
+    x = torch.linspace(-1, 1, 8)
+    with torch.no_grad():
+        got = torch.compile(Both(), fullgraph=True)(x)
+    torch.testing.assert_close(got, x.sin().exp().sin().exp())

@@ -180,7 +180,7 @@ def cost_of(built: StepPrograms, context: Context, inputs: Sequence[Tensor], pre
     extras = ("step", "random_scores") if plan.config.scorer == "random" else ("step",)
     try:
         units = fold_skipped(program, plan)
-        cached = [make_cached(program, plan, units, extras, keep, predictor) for keep in plan.profiles]
+        cached = [make_cached(program, plan, units, extras, number, predictor) for number in range(len(plan.profiles))]
     except TokenCacheError as error:
         return Cost(refusal=str(error))
     macs = tuple(verify_step(step, inputs, built.random_shape) for step in cached)

@@ -117,8 +117,11 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class AttentionOutput:
-    """What a self-attention gives to the rest of the body: the node and its rows; ``layout`` is None where none is a cached token's."""
+class ModuleOutput:
+    """What a self-attention, or another module of the block, gives to the rest of it: the node and its rows.
+
+    ``layout`` is None where none of the rows is a cached token's.
+    """
 
     node: str
     rows: int
@@ -150,7 +153,7 @@ class Roles:
     companions: tuple[Companion, ...] = ()
     side_inputs: tuple[SideInput, ...] = ()
     attentions: tuple[Attention, ...] = ()
-    attention_outputs: tuple[AttentionOutput, ...] = ()
+    attention_outputs: tuple[ModuleOutput, ...] = ()
 
     @property
     def needs_shared_index(self) -> bool:

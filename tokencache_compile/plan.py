@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, get_args
@@ -13,12 +14,20 @@ Context = Literal["kept", "cached", "full", "reuse"]
 Scorer = Literal["change", "norm", "random", "predictor"]
 Selection = Literal["sample", "pair", "batch"]
 History = Literal["full_steps", "computed"]
+Granularity = Literal["block", "module"]
 CacheDtype = Literal["float16", "bfloat16", "float8_e4m3fn"]
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r} was asked for; {name} is one of {', '.join(map(repr, choices))}.")
+
+
+def _is_fresh(value: object) -> bool:
+    def tuple_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
+        return lambda given: isinstance(given, tuple) and bool(given) and all(map(kind, given))
+
+    return tuple_of(tuple_of(tuple_of(lambda given: isinstance(given, bool))))(value)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class CacheConfig:
         schedule: which steps run in full.
         keep: keep profiles, each the tokens kept in every cached block; None is one profile of equal counts.
         groups: the profile of every P-step by step index (the last entry goes on); empty uses the first for all.
+        granularity: what a cache holds. ``block``: the whole update of a block, gates included. ``module``: what its attentions and its
+            feed-forward give, before the gates; a P-step gates and adds them with its own conditioning (FORA, TaylorSeer).
+        fresh: with ``module``, instead of kept tokens: profiles of which modules a P-step computes on every token, a truth value for
+            each module of each cached block in the order in which the block runs them. ``groups`` names the profile of a step.
         cache_dtype: what updates and what the context keeps are stored in; None keeps the model's own dtype. Values beyond a
             dtype's largest (448 for ``float8_e4m3fn``) are stored as that.
         max_cache_bytes: the most that the caches of one guidance branch may take, in bytes; the last blocks that do not fit run in full.
@@ -57,6 +70,8 @@ class CacheConfig:
     schedule: Schedule = Schedule()
     keep: tuple[tuple[int, ...], ...] | None = None
     groups: tuple[int, ...] = ()
+    granularity: Granularity = "block"
+    fresh: tuple[tuple[tuple[bool, ...], ...], ...] = ()
     cache_dtype: CacheDtype | None = None
     max_cache_bytes: int | None = None
 
@@ -73,6 +88,19 @@ class CacheConfig:
         _choice("history", self.history, get_args(History))
         _choice("scorer", self.scorer, get_args(Scorer))
         _choice("selection", self.selection, get_args(Selection))
+        _choice("granularity", self.granularity, get_args(Granularity))
+        if self.granularity == "module" and (self.context, self.history) != ("reuse", "full_steps"):
+            raise ConfigError(
+                f'granularity="module" was asked for with context={self.context!r} and history={self.history!r}; it caches attention '
+                'outputs at I-steps, so it needs context="reuse" and history="full_steps".'
+            )
+        if self.granularity == "module" and self.scorer == "change":
+            raise ConfigError('granularity="module" keeps no updates whose change scorer="change" could measure; use "norm" or another.')
+        if self.fresh and (self.granularity != "module" or self.keep is not None or not _is_fresh(self.fresh)):
+            raise ConfigError(
+                f"fresh={self.fresh!r} was asked for; it is a tuple of profiles, each with a tuple of truth values for every cached "
+                'block, and goes with granularity="module" and without keep.'
+            )
         if not isinstance(self.schedule, Schedule):
             raise ConfigError(f"schedule={self.schedule!r} was asked for; pass a tokencache_compile.Schedule.")
         if self.keep is not None and not (isinstance(self.keep, tuple) and self.keep and all(map(is_ints, self.keep))):
@@ -115,6 +143,10 @@ class CachePlan:
     def num_cached(self) -> int:
         return self.num_blocks - self.last_k
 
+    def fresh_of(self, profile: int, block: int) -> tuple[bool, ...]:
+        """Which modules of a cached block the P-graph ``profile`` computes on every token; none is said where it keeps tokens instead."""
+        return self.config.fresh[profile][block] if self.config.fresh else ()
+
     def profile_of(self, step: int) -> int:
         """Which P-graph serves step ``step``."""
         groups = self.config.groups
@@ -129,6 +161,10 @@ class CachePlan:
             f"  context {c.context}, forecast order {c.forecast} from {c.history}, scores {c.scorer}, one index set per {c.selection}\n"
             f"  I-steps               {c.schedule}"
         )
+        if c.granularity == "module":
+            lines += "\n  granularity           module: attention and feed-forward outputs, gated by the step itself"
+        for number, fresh in enumerate(c.fresh):
+            lines += f"\n  fresh, profile {number:<6} {sum(map(sum, fresh))} of {sum(map(len, fresh))} modules"
         if c.cache_dtype is not None:
             lines += f"\n  caches stored as      {c.cache_dtype}"
         if self.last_k > c.last_k:
@@ -156,7 +192,10 @@ def resolve_plan(config: CacheConfig, num_blocks: int, tokens: int, must_share: 
             f"last_k={config.last_k} was asked for and the model has {num_blocks} blocks, so none is left to cache. "
             f"Pass last_k={num_blocks - 1} or less, or leave it out."
         )
-    profiles = config.keep
+    for fresh in config.fresh:
+        if len(fresh) != cached:
+            raise ConfigError(f"fresh={fresh} was asked for; {cached} entries are needed, one a cached block.")
+    profiles = ((0,) * cached,) * len(config.fresh) if config.fresh else config.keep
     if profiles is None:
         # Equal counts, rounded once: one body for all blocks, where largest remainders would make two.
         profiles = ((int((1.0 - config.ratio) * tokens + 0.5),) * cached,)

@@ -102,6 +102,9 @@ def methods() -> list[Method]:
         found.append(ours(f"default, every {every}", schedule=schedule))
         for order in (1, 2):
             found.append(ours(f"nothing recomputed, order {order}, every {every}", ratio=1.0, forecast=order, schedule=schedule))
+            modules = dict(granularity="module", forecast=order, schedule=schedule)
+            found.append(ours(f"modules, nothing recomputed, order {order}, every {every}", ratio=1.0, **modules))
+            found.append(ours(f"modules, ratio 0.9, order {order}, every {every}", **modules))
         found += [cache_dit(f"TaylorSeer order {order}, F1, every {every}", every, order) for order in (1, 2)]
         for order in (1, 2):
             taylor = TaylorSeerCacheConfig(

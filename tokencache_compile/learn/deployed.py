@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tokencache_compile.errors import ConfigError
 from tokencache_compile.ir import Block, CacheUnit
 from tokencache_compile.learn.stack import BlockStack
 from tokencache_compile.passes.caches import unit_caches
@@ -28,9 +29,15 @@ class Cached:
 
 
 class DeployedBlocks:
-    """Runs the blocks of ``stack`` as the step graphs of ``config`` do."""
+    """Runs the blocks of ``stack`` as the step graphs of ``config`` do.
+
+    Raises:
+        ConfigError: ``config`` caches modules apart.
+    """
 
     def __init__(self, stack: BlockStack, config: CacheConfig) -> None:
+        if config.granularity == "module":
+            raise ConfigError('granularity="module" was asked for; predictors and LoRA are trained for updates of whole blocks ("block").')
         self.stack = stack
         # Forecasts come in ready made and as they are, and no score is kept.
         config = replace(config, forecast=0, history="full_steps", scorer="random", cache_dtype=None)

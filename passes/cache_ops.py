@@ -17,6 +17,9 @@ from tokencache_compile.ir import CacheSpec
 # An even spacing extrapolated by one more of it has weights 3, -3, 1. Measured: beyond that a forecast loses to a lower order.
 AMPLIFICATION = 7.0
 
+# ToCa's weights: of a token's age, in intervals between I-steps, and of the best token of a cell.
+AGE_WEIGHT, CELL_BONUS = 0.25, 0.6
+
 
 def token_rows(index: Tensor, batch: int, tokens: int) -> Tensor:
     """Row numbers [B·n] of the selected tokens in a tensor whose batch and token axes are flattened."""
@@ -107,3 +110,21 @@ def update_score(update: Tensor, previous: Tensor | None) -> Tensor:
     change = update.float() if previous is None else update.float() - previous.float()
     norm: Tensor = torch.linalg.vector_norm(change, dim=-1)
     return norm
+
+
+def attention_received(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    """What each token got of every query's attention, mean over heads, scaled to length 1: [B, N] float32, of [B, heads, N, D]."""
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    weights = torch.softmax((query @ key.transpose(-1, -2)).float() * factor, dim=-1)
+    return torch.nn.functional.normalize(weights.mean(1).sum(1), dim=1)
+
+
+def toca_score(received: Tensor, stamps: Tensor, step: Tensor, interval: int, side: int) -> Tensor:
+    """ToCa's score [B, N] of tokens on a grid of ``side`` × ``side``: attention ``received`` and age, the best of every 2×2 cell raised.
+
+    Age counts the steps since the one after a token was computed: 0 for all at the first step behind an I-step.
+    """
+    score = received + AGE_WEIGHT / interval * (step - stamps.squeeze(-1) - 1)
+    cells = score.unflatten(1, (side // 2, 2, side // 2, 2))
+    best = cells.amax((2, 4), keepdim=True)
+    return torch.where(cells == best, (1 + CELL_BONUS) * cells, cells).flatten(1)

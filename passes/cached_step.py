@@ -15,9 +15,11 @@ from typing import Any
 
 from torch.fx import Node
 
-from tokencache_compile.ir import Block, BlockProgram, CacheUnit, StepProgram
+from tokencache_compile.ir import Block, BlockProgram, CacheSpec, CacheUnit, Layout, StepProgram
 from tokencache_compile.passes.cache_ops import add_forecast, forecast_weights, load
 from tokencache_compile.passes.caches import SHARED_STAMPS, UnitCaches, cache_specs, unit_caches, written_in_p_steps
+from tokencache_compile.passes.kept_rows import KeptRows
+from tokencache_compile.passes.modules import refreshed_modules
 from tokencache_compile.passes.regions import cached_region, module_region
 from tokencache_compile.passes.selection import predictor_scores, select
 from tokencache_compile.passes.step_graph import StepGraph
@@ -72,12 +74,23 @@ def make_cached(
         """A block whose modules are cached apart: its gates and residuals run, whatever it keeps."""
         body = program.body_of(block)
         arguments = [*step.block_weights(block), *inputs]
+        written: list[CacheSpec] = []
         if kept:
-            arguments.append(select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch).node)
+            index = select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch)
+            arguments.append(index.node)
+            if config.history == "computed":
+                written = [specs[0] for specs, is_new in zip(names.context, refreshed_modules(body, stream), strict=True) if is_new]
+            if config.history == "computed" and names.stamps is not None:
+                now = step.extras["step"].expand(stream.batch, kept, 1)
+                step.cache_out[names.stamps.name] = KeptRows(index, stream, kept).put(step.cache_in[names.stamps.name], now, Layout())
         arguments += [value.node for value in (*common, *(step.cache_in[spec.name] for spec in names.flat_context))]
         fresh = plan.fresh_of(profile, block.index)
         name = "_".join([body.name, "gated", str(kept), *(["fresh", "".join(str(int(f)) for f in fresh)] if fresh else [])])
-        return step.call(name, lambda: module_region(body, config, stream, kept, fresh, names), arguments, body.num_outputs)
+        count = body.num_outputs + len(written)
+        results = step.call(name, lambda: module_region(body, config, stream, kept, fresh, names), arguments, count)
+        for spec, value in zip(written, results[body.num_outputs :], strict=True):
+            step.cache_out[spec.name] = step.proxy(value)
+        return results[: body.num_outputs]
 
     def visit(block: Block, inputs: list[Node]) -> list[Node]:
         body = program.body_of(block)

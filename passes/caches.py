@@ -140,8 +140,8 @@ def unit_caches(program: BlockProgram, plan: CachePlan, units: Sequence[CacheUni
         shape = (*grid, stream.channels)
         depth = 0 if config.granularity == "module" else config.forecast + 1
         updates = tuple(_values(f"update_{unit.name}_{i}", shape, stream.dtype, config) for i in range(depth))
-        stamps = _stamps(config, unit, grid) if config.forecast else None
-        scored = config.scorer in ("change", "norm") and not unit.skipped
+        stamps = _stamps(config, unit, grid) if config.forecast or config.scorer == "attention" else None
+        scored = config.scorer in ("change", "norm", "attention") and not unit.skipped
         score = CacheSpec(f"score_{unit.name}", (stream.batch, stream.tokens), torch.float32, torch.float32) if scored else None
         context = () if unit.skipped else _context_caches(program, plan, unit)
         companions = _companion_caches(program, plan, unit)

@@ -22,6 +22,7 @@ from tokencache_compile.errors import UnsupportedModelError
 from tokencache_compile.ir import Attention, Body, Layout, Stream
 from tokencache_compile.opaque_modules import ON_GRID, from_rows, to_rows
 from tokencache_compile.passes.analysis import attention_mask, body_outputs, per_token_nodes
+from tokencache_compile.passes.cache_ops import attention_received
 from tokencache_compile.passes.groups import attend_by_group
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.modules import reused_outputs
@@ -149,6 +150,14 @@ class BodyCopy:
             if node.name in given:
                 self.all_tokens[node] = tokens_first(given[node.name], node.meta["val"].dim()).node
         return self.copy_ancestors(body_outputs(self.body), self.all_tokens)
+
+    def received(self, attention: Attention) -> Any:
+        """After :meth:`run`: how much attention each token received, see :func:`attention_received`."""
+        node = next(node for node in self.source.nodes if node.name == attention.node)
+        query: Any
+        key: Any
+        query, key = (Proxy(self.all_tokens[value], self.tracer) for value in node.args[:2] if isinstance(value, Node))
+        return attention_received(query, key, node.kwargs.get("scale"))
 
     def kept_value(self, name: str) -> Any:
         """After :meth:`run_kept`: the value of a node for the kept tokens, token axis first."""

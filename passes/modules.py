@@ -10,12 +10,14 @@ from, runs on every step.
 
 from __future__ import annotations
 
+from math import isqrt
+
 from torch import Tensor
 from torch.fx import Node
 
 from tokencache_compile.errors import UnsupportedModelError
-from tokencache_compile.ir import Body, ModuleOutput, Stream
-from tokencache_compile.passes.analysis import body_outputs, is_axis, per_token_nodes, placeholders, shape_of
+from tokencache_compile.ir import Attention, Body, ModuleOutput, Stream
+from tokencache_compile.passes.analysis import attention_mask, body_outputs, is_axis, per_token_nodes, placeholders, shape_of
 from tokencache_compile.passes.narrow_linears import LINEAR
 from tokencache_compile.plan import CacheConfig
 
@@ -75,3 +77,29 @@ def reused_outputs(body: Body, stream: Stream, config: CacheConfig) -> tuple[Mod
     if config.granularity == "module":
         return module_outputs(body, stream)
     return body.known_roles.attention_outputs if config.context == "reuse" else ()
+
+
+def refreshed_modules(body: Body, stream: Stream) -> tuple[bool, ...]:
+    """Which of a body's modules a P-step computes for its kept tokens: all but self-attention."""
+    attention = {output.node for output in body.known_roles.attention_outputs}
+    return tuple(part.node not in attention for part in module_outputs(body, stream))
+
+
+def scored_attention(body: Body, stream: Stream) -> Attention:
+    """The self-attention whose weights score the tokens.
+
+    Raises:
+        UnsupportedModelError: there is not just one, it has a mask, or the tokens are no square grid of 2×2 cells.
+    """
+    nodes = {node.name: node for node in body.graph_module.graph.nodes}
+    found = body.known_roles.attentions
+    if len(found) != 1 or attention_mask(nodes[found[0].node]) is not None or not found[0].has_batch:
+        raise UnsupportedModelError(
+            body.name, 'scorer="attention" knows blocks with one self-attention without a mask', 'Use scorer="random" or another.'
+        )
+    side = isqrt(stream.tokens)
+    if side * side != stream.tokens or side % 2:
+        raise UnsupportedModelError(
+            body.name, f'scorer="attention" knows square grids of 2×2 cells, not {stream.tokens} tokens', 'Use scorer="random" or another.'
+        )
+    return found[0]

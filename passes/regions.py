@@ -22,7 +22,7 @@ from tokencache_compile.passes.cache_ops import add_forecast, extrapolate, forec
 from tokencache_compile.passes.caches import UnitCaches
 from tokencache_compile.passes.context import BodyCopy
 from tokencache_compile.passes.kept_rows import KeptRows
-from tokencache_compile.passes.modules import module_outputs
+from tokencache_compile.passes.modules import module_outputs, refreshed_modules, scored_attention
 from tokencache_compile.passes.narrow_linears import narrow_linears
 from tokencache_compile.plan import CacheConfig
 
@@ -106,7 +106,11 @@ def full_region(body: Body, config: CacheConfig, stream: Stream, has_score: bool
     copy = BodyCopy(region.tracer, body, region.weights, region.inputs)
     outputs = [region.proxy(node) for node in copy.run()]
     update = outputs[roles.stream_output] - region.proxy(region.inputs[roles.stream_input])
-    scores = [_score(update, previous, roles.layout, stream.tokens)] if has_score else []
+    scores = []
+    if has_score and config.scorer == "attention":
+        scores = [copy.received(scored_attention(body, stream))]
+    elif has_score:
+        scores = [_score(update, previous, roles.layout, stream.tokens)]
     context = [region.proxy(node) for node in copy.context_values(config, stream)]
     updates = [update] if config.granularity == "block" else []
     return region.finish(body, [*outputs, *updates, *scores, *context])
@@ -177,11 +181,12 @@ def cached_region(body: Body, config: CacheConfig, stream: Stream, count: int, c
 
 
 def module_region(body: Body, config: CacheConfig, stream: Stream, count: int, fresh: Sequence[bool], caches: UnitCaches) -> Region:
-    """A P-step's block whose modules are cached apart: ``(*weights, *inputs, [index], *forecast weights, *modules) -> outputs``.
+    """A P-step's block of modules cached apart: ``(*weights, *inputs, [index], *forecast weights, *modules) -> (*outputs, *written)``.
 
     Every module's output is held or forecast for all tokens; with ``count`` kept tokens, those of ``index`` [B, n] run through all but
     self-attention, and what their modules give is put in its place. Modules that are ``fresh`` are computed on all tokens. Gates and
-    residuals are this step's own, on all tokens.
+    residuals are this step's own, on all tokens. ``written``: with ``history="computed"`` what
+    :func:`refreshed_modules` give.
 
     Raises:
         ConfigError: ``fresh`` names another number of modules.
@@ -206,4 +211,8 @@ def module_region(body: Body, config: CacheConfig, stream: Stream, count: int, f
         copy.run_kept("reuse", [kept.take(given[name], Layout()) for name in attention], kept, [])
         for name in given.keys() - attention:
             given[name] = kept.put(given[name], copy.kept_value(name), Layout())
-    return region.finish(body, [region.proxy(node) for node in copy.run_beyond(given)])
+    outputs = [region.proxy(node) for node in copy.run_beyond(given)]
+    if index is None or config.history == "full_steps":
+        return region.finish(body, outputs)
+    refreshed = zip(parts, caches.context, refreshed_modules(body, stream), strict=True)
+    return region.finish(body, [*outputs, *(store(given[part.node], specs[0]) for part, specs, is_new in refreshed if is_new)])

@@ -1,18 +1,19 @@
 """Selection: scores at the head of the P-graph, and a static top-k per block.
 
-The scores [B, N] of a block come from its own score cache (``change``, ``norm``), from an input (``random``), or from the
+The scores [B, N] of a block come from its own score cache (``change``, ``norm``, ``attention``), from an input (``random``), or from the
 predictor, which sits where block 1 would see the same stream and conditioning: one node for all blocks.
 """
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from tokencache_compile.ir import BlockProgram
-from tokencache_compile.passes.cache_ops import select_tokens
+from tokencache_compile.passes.cache_ops import select_tokens, toca_score
 from tokencache_compile.passes.caches import UnitCaches
 from tokencache_compile.passes.regions import plain_region
 from tokencache_compile.passes.step_graph import StepGraph
@@ -45,7 +46,10 @@ def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePre
 
 def select(step: StepGraph, plan: CachePlan, block: int, kept: int, names: UnitCaches, scores: Any, batch: int) -> Any:
     """Index [B, n_l] of block ``block``'s kept tokens."""
-    if names.score is not None:
+    if plan.config.scorer == "attention" and names.score is not None and names.stamps is not None:
+        received, stamps = step.cache_in[names.score.name], step.cache_in[names.stamps.name]
+        own = toca_score(received, stamps, step.extras["step"], plan.config.schedule.every, isqrt(plan.tokens))
+    elif names.score is not None:
         own = step.cache_in[names.score.name]
     elif plan.config.scorer == "random":
         own = step.extras["random_scores"][:, block]

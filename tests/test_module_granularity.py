@@ -131,8 +131,9 @@ def test_a_predictor_chooses_the_kept_rows() -> None:
     ("settings", "message"),
     [
         (dict(granularity="layer"), "granularity is one of 'block', 'module'"),
-        (dict(granularity="module", context="kept"), 'needs context="reuse" and history="full_steps"'),
-        (dict(granularity="module", history="computed"), 'needs context="reuse" and history="full_steps"'),
+        (dict(granularity="module", context="kept"), 'needs context="reuse"'),
+        (dict(granularity="module", history="computed"), "needs forecast=0 and none"),
+        (dict(granularity="module", scorer="attention"), 'goes with granularity="module" and history="computed"'),
         (dict(granularity="module", scorer="change"), "keeps no updates"),
     ],
 )

@@ -57,6 +57,36 @@ def tgate(steps: int, blocks: int, gate: int) -> CacheConfig:
     return CacheConfig(forecast=0, granularity="module", fresh=(((True, False, True),) * blocks,), schedule=schedule)
 
 
+def toca(steps: int, blocks: int, tokens: int) -> CacheConfig:
+    """ToCa as published for DiT (SPEC section 7): attention held whole, feed-forwards on the tokens of best ``attention`` score.
+
+    What they give stays in the cache. How many tokens depends on block and step, so every P-step is a graph of its own.
+    Settings are those of 50 DDIM steps, or from 250 on those of 250. Its code counts i = T − 1 − k down.
+    """
+    interval, step_weight, block_weight = (4, 0.4, 0.8) if steps >= 250 else (3, 2.0, -0.2)
+
+    def is_full(i: int) -> bool:
+        sensitive = int(0.2 * steps) <= i < int(0.4 * steps)
+        return i == steps - 1 or i % (2 if sensitive else round(interval / (1.4 - 0.8 * i / steps))) == 0
+
+    def kept(i: int) -> tuple[int, ...]:
+        by_step = 1 + step_weight - 2 * step_weight * i / steps
+        by_block = [1 + block_weight - 2 * block_weight * block / max(blocks - 1, 1) for block in range(blocks)]
+        return tuple(int(min(max(0.07 * share * by_step * 2.5, 0.0), 1.0) * tokens) for share in by_block)
+
+    full = tuple(k for k in range(steps) if is_full(steps - 1 - k))
+    keep = [kept(steps - 1 - k) for k in range(steps)]
+    distinct = tuple(dict.fromkeys(keep[k] for k in range(steps) if k not in full))
+    if not distinct:
+        raise ConfigError(f"steps={steps} was asked for; every one of {steps} steps is full by ToCa's schedule. Take more.")
+    # An I-step has no profile; it names one that is there.
+    groups = tuple(distinct.index(counts) if counts in distinct else 0 for counts in keep)
+    return CacheConfig(
+        forecast=0, history="computed", scorer="attention", granularity="module", keep=distinct, groups=groups,
+        schedule=Schedule(interval, full),
+    )  # fmt: skip
+
+
 def learning_to_cache(router: Tensor, threshold: float = 0.1) -> CacheConfig:
     """Learning-to-Cache: every second step computes only the modules whose gate σ(``router``) exceeds ``threshold``, the others hold.
 

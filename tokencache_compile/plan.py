@@ -11,7 +11,7 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.schedule import Schedule, is_ints
 
 Context = Literal["kept", "cached", "full", "reuse"]
-Scorer = Literal["change", "norm", "random", "predictor"]
+Scorer = Literal["change", "norm", "attention", "random", "predictor"]
 Selection = Literal["sample", "pair", "batch"]
 History = Literal["full_steps", "computed"]
 Granularity = Literal["block", "module"]
@@ -46,7 +46,9 @@ class CacheConfig:
             (the paper). ``full_steps``: those of I-steps, evenly spaced, which is what a forecast extrapolates well from; what
             a P-step recomputes then serves that step alone.
         scorer: which tokens to keep: those whose update changed most between its last two computations (``change``),
-            of largest update (``norm``), ``random``, or the learned ``predictor``.
+            of largest update (``norm``), ``random``, or the learned ``predictor``. ``attention`` is ToCa's: the attention that a token
+            received at the last I-step, more for every ``schedule.every`` steps of age, and more for the best of every 2×2 cell of a
+            square grid.
         selection: one index set per ``sample``, per guidance ``pair`` (batch = two halves), or one for the ``batch``.
         schedule: which steps run in full.
         keep: keep profiles, each the tokens kept in every cached block; None is one profile of equal counts.
@@ -89,13 +91,23 @@ class CacheConfig:
         _choice("scorer", self.scorer, get_args(Scorer))
         _choice("selection", self.selection, get_args(Selection))
         _choice("granularity", self.granularity, get_args(Granularity))
-        if self.granularity == "module" and (self.context, self.history) != ("reuse", "full_steps"):
+        if self.granularity == "module" and self.context != "reuse":
             raise ConfigError(
-                f'granularity="module" was asked for with context={self.context!r} and history={self.history!r}; it caches attention '
-                'outputs at I-steps, so it needs context="reuse" and history="full_steps".'
+                f'granularity="module" was asked for with context={self.context!r}; it caches attention outputs, so it needs '
+                'context="reuse".'
+            )
+        if self.granularity == "module" and self.history == "computed" and (self.forecast or self.fresh):
+            raise ConfigError(
+                f'granularity="module" with history="computed" was asked for with forecast={self.forecast!r} and {len(self.fresh)} '
+                'profiles in fresh; attention is computed at I-steps alone, so it needs forecast=0 and none.'
             )
         if self.granularity == "module" and self.scorer == "change":
             raise ConfigError('granularity="module" keeps no updates whose change scorer="change" could measure; use "norm" or another.')
+        if self.scorer == "attention" and (self.granularity, self.history) != ("module", "computed"):
+            raise ConfigError(
+                f'scorer="attention" was asked for with granularity={self.granularity!r} and history={self.history!r}; it goes with '
+                'granularity="module" and history="computed".'
+            )
         if self.fresh and (self.granularity != "module" or self.keep is not None or not _is_fresh(self.fresh)):
             raise ConfigError(
                 f"fresh={self.fresh!r} was asked for; it is a tuple of profiles, each with a tuple of truth values for every cached "

@@ -11,6 +11,7 @@ distance to real images. Rows are kept as they come, so a stopped run goes on.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -211,10 +212,11 @@ def main(
     trained = replace(bench.artefact.config, keep=None, groups=(), schedule=tc.Schedule.uniform(STEPS, FULL_STEPS))
     for name in ("random", "norm", "change", "tome", "toca", "predictor"):
         bench.selector(name, trained)
-    for last_k in (0, 1, 2, 3, 4):
-        bench.config(f"IX K = {last_k}", replace(trained, last_k=last_k))
+    for last_k, (spacing, schedule) in itertools.product(range(5), (("", trained.schedule), ("every 4: ", tc.Schedule(4)))):
+        config = replace(trained, last_k=last_k, schedule=schedule)
+        bench.config(f"IX {spacing}K = {last_k}", config)
         if (adapter := lora / f"k{last_k}" / "lora").exists():
-            bench.config(f"IX K = {last_k}, LoRA", replace(trained, last_k=last_k), adapter)
+            bench.config(f"IX {spacing}K = {last_k}, LoRA", config, adapter)
     for name, schedule in schedules(bench, artefact, trained).items():
         bench.config(f"VIII schedule: {name}", replace(trained, schedule=schedule))
     for ratio in (0.5, 0.6, 0.7, 0.8, 0.9):

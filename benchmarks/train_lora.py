@@ -1,14 +1,15 @@
 """Train LoRA on the reference DiT's last K blocks, behind the shipped predictor and guided as it is deployed.
 
     python benchmarks/train_lora.py --run out/lora                                    # adapters for K = 1 … 4: out/lora/k1/lora …
-    python benchmarks/train_lora.py --run out/lora --k 4 --out tokencache_compile/reference/cache_lora   # and an artefact with K = 4
+    python benchmarks/train_lora.py --run out/lora --k 3 --out tokencache_compile/reference/cache_lora   # and the artefact that ships
 
 Guidance pairs with one selection and the guided output's error, every step counted alike, 12 I-steps of 50, ratio 0.9. A stopped run
-goes on.
+goes on. The artefact is the shipped plan but for K and the adapter; its predictor is a link to the shipped one, of the same bytes.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ import tokencache_compile as tc
 from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.learn.lora import refine
 from tokencache_compile.learn.train import TrainingConfig
+
+PREDICTOR = "predictor.safetensors"
 
 
 def main(
@@ -57,9 +60,13 @@ def main(
         scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
         adapter = refine(net, shipped.predictor, FashionMnist(), scheduler, config, training, run / f"k{last_k}", rank, null)
     if out is not None:
-        refinement = {**asdict(training), "rank": rank, "data": "Fashion-MNIST, 60,000 training images"}
-        provenance = {**shipped.provenance, "refinement": refinement}
-        replace(shipped, config=config, lora_path=adapter, calibration_path=None, provenance=provenance).save_pretrained(out)
+        refinement = {**asdict(training), "rank": rank, "schedule": asdict(config.schedule)}
+        provenance = {**shipped.provenance, "refinement": {**refinement, "data": "Fashion-MNIST, 60,000 training images"}}
+        refined = replace(shipped.config, last_k=last_k)
+        replace(shipped, config=refined, lora_path=adapter, calibration_path=None, provenance=provenance).save_pretrained(out)
+        (out / PREDICTOR).unlink()
+        (out / PREDICTOR).symlink_to(os.path.relpath(artefact / PREDICTOR, out))
+        CacheArtefact.from_pretrained(out, net)  # refuses a predictor of other bytes
 
 
 if __name__ == "__main__":

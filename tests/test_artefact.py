@@ -16,6 +16,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig
 from plain_run import make_predictor
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 import tokencache_compile
 from tokencache_compile import CacheArtefact, CacheConfig, CachePredictor, ConfigError, Schedule, artefact
 from tokencache_compile.artefact import load_lora
+from tokencache_compile.demo import DEFAULT_MODEL, DEFAULT_PLAN, DEFAULT_REFINED, SCHEDULER_CONFIG, load_reference
 from tokencache_compile.fingerprint import explain_difference, fingerprint
+from tokencache_compile.sampling import Conditions, sample
 
 STEPS = 6
 CONFIG = CacheConfig(
@@ -794,3 +797,47 @@ def test_a_pipeline_with_an_artefact(saved: Path, tmp_path: Path) -> None:
 
 def test_the_config_in_the_manifest_is_the_dataclass(saved: Path) -> None:
     assert manifest(saved)["config"] == json.loads(json.dumps(asdict(CONFIG)))
+
+
+# --- what ships -----------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_lora_is_the_shipped_plan_but_for_k_and_the_adapter() -> None:
+    net = load_reference(DEFAULT_MODEL)
+    plan, refined = (CacheArtefact.from_pretrained(folder, net) for folder in (DEFAULT_PLAN, DEFAULT_REFINED))
+    assert refined.config == replace(plan.config, last_k=3)
+    assert (DEFAULT_REFINED / "predictor.safetensors").samefile(DEFAULT_PLAN / "predictor.safetensors")
+    assert plan.lora_path is None and refined.lora_path is not None
+    assert {int(update.module.split(".")[1]) for update in load_lora(net, refined.lora_path)} == {9, 10, 11}
+
+
+class FirstSteps(DDIMScheduler):
+    """The first 8 steps of the grid: a cached step errs most there."""
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.timesteps[:8]
+
+
+def test_the_shipped_lora_brings_p_steps_closer() -> None:
+    """At least 2 % in the mean square of Δ pred_x0 over two intervals of the shipped plan, guided, on noises that are not the demo's."""
+    net = load_reference(DEFAULT_MODEL)
+    refined = CacheArtefact.from_pretrained(DEFAULT_REFINED, net)
+    noise = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1000))
+
+    def predictions(model: Any, scheduler: Any) -> Tensor:
+        seen: list[Tensor] = []
+        sample(model, scheduler, noise, 50, Conditions.of_labels(torch.arange(4), 10, 2.5), lambda _, x: seen.append(x))
+        return torch.stack(seen)
+
+    uncached = predictions(net, FirstSteps(**SCHEDULER_CONFIG))
+
+    def error(plan: CacheArtefact) -> float:
+        scheduler = FirstSteps(**SCHEDULER_CONFIG)
+        dispatcher = tokencache_compile.transform(net, plan, backend="eager", scheduler=scheduler)
+        found = predictions(dispatcher, scheduler)
+        assert (dispatcher.summary().full_steps, dispatcher.summary().cached_steps) == (2, 6)
+        return float((found - uncached).square().mean())
+
+    with_lora, without = error(refined), error(replace(refined, lora_path=None))
+    assert with_lora < 0.98 * without

@@ -20,7 +20,19 @@ from typer.testing import CliRunner, Result
 import tokencache_compile
 from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.cli import app
-from tokencache_compile.demo import SCHEDULER_CONFIG, DemoResult, DemoSettings, Run, amplification, draw_grid, sparkline, steps_for_macs
+from tokencache_compile.demo import (
+    DEFAULT_MODEL,
+    DEFAULT_REFINED,
+    SCHEDULER_CONFIG,
+    DemoResult,
+    DemoSettings,
+    Run,
+    amplification,
+    draw_grid,
+    load_reference,
+    sparkline,
+    steps_for_macs,
+)
 from tokencache_compile.errors import ConfigError, UnsupportedModelError
 from tokencache_compile.explain import cost_of, example_inputs, load_config, name_blocks, run_macs
 from tokencache_compile.fingerprint import fingerprint
@@ -161,12 +173,13 @@ def test_demo_figures_agree_with_each_other(demo: Demo) -> None:
         assert run["speed_up"] == pytest.approx(uncached["latency_seconds"] / run["latency_seconds"])
     assert uncached["psnr_db"] is None
     assert figures["margin_db"] == pytest.approx(cached["psnr_db"] - fewer["psnr_db"])
+    assert set(runs) == {"uncached", "cached", "fewer_steps"}  # no adapter was asked for
     deviation = figures["deviation_pred_x0"]
     assert len(deviation["per_step"]) == STEPS
     assert deviation["per_step"][0] == 0.0  # the first step is an I-step on the same noise
     assert min(deviation["per_step"][1:]) > 0.0
     assert deviation["max"] == max(deviation["per_step"])
-    assert deviation["mean"] == pytest.approx(sum(deviation["per_step"]) / STEPS)
+    assert deviation["mean"] == cached["mean_deviation_pred_x0"] == pytest.approx(sum(deviation["per_step"]) / STEPS)
 
 
 def test_demo_figures_are_those_of_the_model_itself(demo: Demo, folder: Path) -> None:
@@ -216,6 +229,16 @@ def test_grid_shows_each_run_and_its_amplified_difference() -> None:
         assert pixel == pytest.approx((value, value, value), abs=1)
 
 
+def test_grid_shows_the_refined_run_below_the_cached_one() -> None:
+    result = DemoResult(DemoSettings(), ("a",), "", run_of(0.0), run_of(0.1), run_of(-0.2), run_of(0.06), refined_blocks=3)
+    picture = draw_grid(result, zoom=8)
+    assert picture.height == TOP + 7 * CELL
+    centres = [picture.getpixel((LEFT + 32, TOP + row * CELL + 32)) for row in range(7)]
+    expected = [round(255 * value) for value in (0.5, 0.55, 0.05 * 8, 0.53, 0.03 * 8, 0.4, 0.1 * 8)]
+    for pixel, value in zip(centres, expected, strict=True):
+        assert pixel == pytest.approx((value, value, value), abs=1)
+
+
 @pytest.mark.parametrize(("top", "factor"), [(1.0, 1), (0.6, 1), (0.4, 2), (0.1, 8), (1e-4, 64), (0.0, 64)])
 def test_amplification_keeps_below_white(top: float, factor: int) -> None:
     assert amplification([torch.full((2, 1, 4, 4), top), torch.zeros(2, 1, 4, 4)]) == factor
@@ -257,6 +280,31 @@ def test_demo_runs_an_artefact(folder: Path, tmp_path: Path) -> None:
         assert figures["settings"]["ratio"] == ratio and figures["settings"]["plan"] == str(tmp_path / "plan")
         assert f"ratio {ratio}" in figures["plan"]
     assert "no artefact" in refused("demo", "--model", str(folder), "--plan", str(tmp_path / "none"))
+
+
+def test_demo_of_the_shipped_model_runs_its_lora(tmp_path: Path) -> None:
+    """Its row stands in the table, the picture and the figures, and is that of the shipped artefact."""
+    common = ("--backend", "eager", "--steps", "5", "--samples", "1", "--repeats", "1")
+    result = invoke("demo", "--out", str(tmp_path), *common)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "demo.json").read_text())
+    runs = figures["runs"]
+    assert list(runs) == ["uncached", "cached", "refined", "fewer_steps"]
+    refined, cached = runs["refined"], runs["cached"]
+    (row,) = [line for line in result.output.splitlines() if line.startswith("cached, last 3 blocks refined by LoRA")]
+    assert refined["title"] == "cached, last 3 blocks refined by LoRA" and f"{refined['macs'] / 1e9:.1f}" in row
+    assert f"{refined['mean_deviation_pred_x0']:.4f}" in row and f"{refined['psnr_db']:.1f} dB" in row
+    assert Image.open(tmp_path / "demo.png").height == TOP + 7 * (128 + 6)
+
+    model = load_reference(DEFAULT_MODEL)
+    noise = torch.randn(10, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
+    dispatcher = tokencache_compile.transform(model, DEFAULT_REFINED, backend="eager", scheduler=scheduler)
+    conditions = Conditions.of_labels(torch.arange(10), 10, 2.5)
+    reference = sample(model, DDIMScheduler(**SCHEDULER_CONFIG), noise, 5, conditions).clamp(-1, 1)
+    assert refined["psnr_db"] == pytest.approx(psnr(sample(dispatcher, scheduler, noise, 5, conditions).clamp(-1, 1), reference), abs=1e-3)
+    assert refined["macs"] == dispatcher.summary().macs > cached["macs"]
+    assert refined["kinds"] == cached["kinds"] == "IPPPI"
 
 
 def test_demo_refuses_with_one_message(folder: Path, tmp_path: Path) -> None:

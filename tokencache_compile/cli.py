@@ -40,7 +40,7 @@ def _main(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("out/demo"),
     model: Annotated[Path | None, typer.Option(help="Folder of a DiT of pixels; the reference model that is shipped if none.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Artefact directory; the shipped one for the shipped model.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Artefact directory; the shipped ones for the shipped model.")] = None,
     backend: Annotated[Backend, typer.Option(help="What runs the graphs, uncached and cached alike.")] = "inductor",
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50,
     guidance: Annotated[float, typer.Option(help="Weight of classifier-free guidance.")] = 2.5,
@@ -49,17 +49,18 @@ def demo(
     repeats: Annotated[int, typer.Option(help="Runs of each kind whose median latency is reported.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
 ) -> None:
-    """Sample the reference model uncached, cached, and with fewer steps of the same MACs; compare speed and images."""
+    """Sample the reference model uncached, cached (with the shipped LoRA too), and with fewer steps; compare speed and images."""
     from tokencache_compile.artefact import read_config
-    from tokencache_compile.demo import DEFAULT_MODEL, DEFAULT_PLAN, DemoSettings, report, run_demo, write_files
+    from tokencache_compile.demo import DEFAULT_MODEL, DEFAULT_PLAN, DEFAULT_REFINED, DemoSettings, report, run_demo, write_files
 
     console = Console()
     with clean_errors():
+        refined = None
         if plan is None and model is None:
-            plan = DEFAULT_PLAN
+            plan, refined = DEFAULT_PLAN, DEFAULT_REFINED
         if ratio is None:
             ratio = read_config(plan).ratio if plan is not None else _DEFAULTS.ratio
-        settings = DemoSettings(model or DEFAULT_MODEL, plan, backend, steps, guidance, ratio, samples, repeats, seed)
+        settings = DemoSettings(model or DEFAULT_MODEL, plan, backend, steps, guidance, ratio, samples, repeats, seed, refined)
         result = run_demo(settings, console)
         console.print(report(result))
         picture, figures = write_files(result, out)

@@ -1,6 +1,6 @@
-"""The demo: images from the reference DiT, uncached, cached, and with as few steps as the cached run's MACs would buy.
+"""The demo: images from the reference DiT, uncached, cached, refined by LoRA, and with as few steps as the cached run's MACs would buy.
 
-All three start from the same noise and run through graphs of the same backend: the uncached runs are the same transform with
+All start from the same noise and run through graphs of the same backend: the uncached runs are the same transform with
 ratio 0, every step in full. Latency is that of whole runs, measured in turn so that a busy machine slows all of them alike.
 """
 
@@ -34,6 +34,7 @@ from tokencache_compile.sampling import Conditions, sample
 
 DEFAULT_MODEL = Path(__file__).resolve().parent / "reference" / "dit"
 DEFAULT_PLAN = DEFAULT_MODEL.parent / "cache"
+DEFAULT_REFINED = DEFAULT_MODEL.parent / "cache_lora"
 FASHION_MNIST = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SCHEDULER_CONFIG: dict[str, Any] = dict(
     num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, prediction_type="epsilon"
@@ -43,7 +44,11 @@ COLUMNS = 10  # of the picture: one sample a class
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What to run; see ``tokencache demo --help``. ``plan`` is an artefact directory; without one the default settings run."""
+    """What to run; see ``tokencache demo --help``.
+
+    ``plan`` is an artefact directory; without one the default settings run. ``refined`` is one with an adapter (LoRA), which is run
+    beside it; without one there is no such run.
+    """
 
     model: Path = DEFAULT_MODEL
     plan: Path | None = None
@@ -54,6 +59,7 @@ class DemoSettings:
     samples: int = 2
     repeats: int = 3
     seed: int = 0
+    refined: Path | None = None
 
     def __post_init__(self) -> None:
         CacheConfig(self.ratio)  # refuses a ratio out of range before anything is loaded
@@ -93,7 +99,12 @@ class Run:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The three runs, and what the table and the JSON say of them."""
+    """The runs, and what the table and the JSON say of them.
+
+    Attributes:
+        plan: the cached run's, in words.
+        refined: the run whose P-steps have an adapter in their last ``refined_blocks`` blocks; None where none was asked for.
+    """
 
     settings: DemoSettings
     class_names: tuple[str, ...]
@@ -101,10 +112,19 @@ class DemoResult:
     uncached: Run
     cached: Run
     fewer: Run
+    refined: Run | None = None
+    refined_blocks: int = 0
 
     @property
     def runs(self) -> dict[str, Run]:
-        return {"uncached": self.uncached, "cached": self.cached, "fewer_steps": self.fewer}
+        runs = {"uncached": self.uncached, "cached": self.cached, "refined": self.refined, "fewer_steps": self.fewer}
+        return {name: run for name, run in runs.items() if run is not None}
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What the table calls each run."""
+        refined = f"cached, last {self.refined_blocks} blocks refined by LoRA"
+        return {"uncached": "uncached", "cached": "cached", "refined": refined, "fewer_steps": "fewer steps"}
 
     @property
     def margin_db(self) -> float:
@@ -112,9 +132,10 @@ class DemoResult:
         return self.cached.psnr_db - self.fewer.psnr_db
 
     @property
-    def deviations(self) -> list[float]:
-        """Mean |Δ pred_x0| between the cached and the uncached run, per step."""
-        return deviation_per_step(self.cached.predictions, self.uncached.predictions)
+    def deviations(self) -> dict[str, list[float]]:
+        """Mean |Δ pred_x0| to the uncached run, per step, of the runs that take its steps with caches."""
+        runs = {name: run for name, run in self.runs.items() if name in ("cached", "refined")}
+        return {name: deviation_per_step(run.predictions, self.uncached.predictions) for name, run in runs.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -170,14 +191,12 @@ def steps_for_macs(macs: int, macs_per_step: int) -> int:
 class _Sampler:
     """Samples the same noise again and again, through one dispatcher."""
 
-    def __init__(self, model: Any, settings: DemoSettings, cached: bool, labels: Tensor, noise: Tensor) -> None:
+    def __init__(self, model: Any, settings: DemoSettings, plan: Path | None, ratio: float, labels: Tensor, noise: Tensor) -> None:
         from diffusers import DDIMScheduler
 
         self.settings, self.labels, self.noise = settings, labels, noise
         self.null_label = int(model.config.num_embeds_ada_norm)
         self.scheduler = DDIMScheduler(**SCHEDULER_CONFIG)
-        plan = settings.plan if cached else None
-        ratio = settings.ratio if cached else 0.0
         self.dispatcher: Dispatcher = transform(model, plan, ratio=ratio, backend=settings.backend, scheduler=self.scheduler)
 
     def compile(self) -> None:
@@ -229,36 +248,41 @@ def run_demo(settings: DemoSettings, console: Console) -> DemoResult:
         labels = torch.arange(min(classes, COLUMNS)).repeat(settings.samples)
         shape = (len(labels), model.config.in_channels, model.config.sample_size, model.config.sample_size)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(settings.seed))
-        full = _Sampler(model, settings, False, labels, noise)
-        cached = _Sampler(model, settings, True, labels, noise)
+        samplers = {
+            "uncached": _Sampler(model, settings, None, 0.0, labels, noise),
+            "cached": _Sampler(model, settings, settings.plan, settings.ratio, labels, noise),
+        }
+        if settings.refined is not None:
+            samplers["refined"] = _Sampler(model, settings, settings.refined, settings.ratio, labels, noise)
         progress.advance(loading)
 
-        compiling = progress.add_task(f"capture and compile ({settings.backend})", total=2)
-        for sampler in (full, cached):
+        compiling = progress.add_task(f"capture and compile ({settings.backend})", total=len(samplers))
+        for sampler in samplers.values():
             sampler.compile()
             progress.advance(compiling)
 
-        warming = progress.add_task("warm up", total=2 * min(settings.steps, 5))
-        for sampler in (full, cached):
+        warming = progress.add_task("warm up", total=len(samplers) * min(settings.steps, 5))
+        for sampler in samplers.values():
             sampler.run(min(settings.steps, 5), lambda: progress.advance(warming))
 
-        sampling = progress.add_task(f"{settings.repeats} x 3 runs of {len(labels)} images: steps", total=None)
-        rounds: list[tuple[Run, Run, Run]] = []
+        kinds = len(samplers) + 1
+        sampling = progress.add_task(f"{settings.repeats} x {kinds} runs of {len(labels)} images: steps", total=None)
+        rounds: list[dict[str, Run]] = []
         for _ in range(settings.repeats):
 
             def advance() -> None:
                 progress.advance(sampling)
 
-            reference = full.run(settings.steps, advance)
-            fast = cached.run(settings.steps, advance)
-            fewer_steps = steps_for_macs(fast.summary.macs, reference.summary.macs // settings.steps)
-            progress.update(sampling, total=settings.repeats * (2 * settings.steps + fewer_steps))
-            rounds.append((reference, fast, full.run(fewer_steps, advance)))
+            runs = {name: sampler.run(settings.steps, advance) for name, sampler in samplers.items()}
+            fewer_steps = steps_for_macs(runs["cached"].summary.macs, runs["uncached"].summary.macs // settings.steps)
+            progress.update(sampling, total=settings.repeats * (len(samplers) * settings.steps + fewer_steps))
+            rounds.append(runs | {"fewer": samplers["uncached"].run(fewer_steps, advance)})
 
-    images = rounds[0][0].images
-    runs = [_joined([one[position] for one in rounds], images) for position in range(3)]
+    images = rounds[0]["uncached"].images
+    joined = {name: _joined([runs[name] for runs in rounds], images) for name in rounds[0]}
     names = name_classes(classes)[: min(classes, COLUMNS)]
-    return DemoResult(settings, names, str(cached.dispatcher.plan), *runs)
+    refined_blocks = samplers["refined"].dispatcher.plan.last_k if "refined" in samplers else 0
+    return DemoResult(settings, names, str(samplers["cached"].dispatcher.plan), **joined, refined_blocks=refined_blocks)
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------
@@ -277,20 +301,23 @@ def _picture(image: Tensor, size: int) -> Image.Image:
 
 
 def draw_grid(result: DemoResult, zoom: int = 4) -> Image.Image:
-    """One column a class; one row a run, and below the cached and the fewer-steps run what differs from the uncached one."""
+    """One column a class; one row a run, and below every run but the uncached one what differs from that."""
     columns = len(result.class_names)
-    uncached, cached, fewer = (run.images[:columns].add(1).div(2) for run in result.runs.values())
-    differences = [(cached - uncached).abs(), (fewer - uncached).abs()]
-    factor = amplification(differences)
-    difference_label = ("difference", "to uncached,", f"amplified {factor} times")
-    steps = f"{result.settings.steps} steps"
-    rows = [
-        (("uncached", steps, f"{_gmacs(result.uncached)} GMACs"), uncached),
-        (("cached", f"{steps}, ratio {result.settings.ratio:g}", f"{_gmacs(result.cached)} GMACs", _db(result.cached)), cached),
-        (difference_label, differences[0] * factor),
-        (("fewer steps", f"{result.fewer.steps} steps, uncached", f"{_gmacs(result.fewer)} GMACs", _db(result.fewer)), fewer),
-        (difference_label, differences[1] * factor),
-    ]
+    images = {name: run.images[:columns].add(1).div(2) for name, run in result.runs.items()}
+    uncached = images.pop("uncached")
+    differences = {name: (other - uncached).abs() for name, other in images.items()}
+    factor = amplification(list(differences.values()))
+    steps, ratio = f"{result.settings.steps} steps", f"ratio {result.settings.ratio:g}"
+    labels = {
+        "cached": ("cached", f"{steps}, {ratio}"),
+        "refined": ("cached, LoRA", f"{steps}, last {result.refined_blocks} blocks"),
+        "fewer_steps": ("fewer steps", f"{result.fewer.steps} steps, uncached"),
+    }
+    rows: list[tuple[tuple[str, ...], Tensor]] = [(("uncached", steps, f"{_gmacs(result.uncached)} GMACs"), uncached)]
+    for name, other in images.items():
+        run = result.runs[name]
+        rows.append(((*labels[name], f"{_gmacs(run)} GMACs", _db(run)), other))
+        rows.append((("difference", "to uncached,", f"amplified {factor} times"), differences[name] * factor))
     size, gap, left, top = int(uncached.shape[-1]) * zoom, 6, 200, 40
     sheet = Image.new("RGB", (left + columns * (size + gap) + gap, top + len(rows) * (size + gap)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -325,9 +352,10 @@ def _finite(value: float) -> float | None:
 
 def to_json(result: DemoResult) -> dict[str, Any]:
     """Everything the table shows, and what it depends on. A PSNR of null means equal images."""
-    runs = {}
+    runs, deviations = {}, result.deviations
     for name, run in result.runs.items():
         runs[name] = {
+            "title": result.titles[name],
             "steps": run.steps,
             "full_steps": run.summary.full_steps,
             "cached_steps": run.summary.cached_steps,
@@ -339,10 +367,11 @@ def to_json(result: DemoResult) -> dict[str, Any]:
             "macs_per_image": run.summary.macs / len(run.images),
             "cache_bytes": run.summary.cache_bytes,
             "psnr_db": _finite(run.psnr_db),
+            "mean_deviation_pred_x0": statistics.mean(deviations[name]) if name in deviations else None,
         }
-    deviations = result.deviations
-    own = result.settings
-    paths = {"model": str(own.model), "plan": None if own.plan is None else str(own.plan)}
+    own, per_step = result.settings, deviations["cached"]
+    folders = {"model": own.model, "plan": own.plan, "refined": own.refined}
+    paths = {name: None if path is None else str(path) for name, path in folders.items()}
     settings = asdict(own) | paths | {"scheduler": {"class": "DDIMScheduler"} | SCHEDULER_CONFIG}
     return {
         "settings": settings,
@@ -351,7 +380,7 @@ def to_json(result: DemoResult) -> dict[str, Any]:
         "plan": result.plan,
         "runs": runs,
         "margin_db": _finite(result.margin_db),
-        "deviation_pred_x0": {"mean": statistics.mean(deviations), "max": max(deviations), "per_step": deviations},
+        "deviation_pred_x0": {"mean": statistics.mean(per_step), "max": max(per_step), "per_step": per_step},
         "machine": machine(),
     }
 
@@ -371,14 +400,14 @@ def report(result: DemoResult) -> Group:
     table.add_column("run", no_wrap=True)
     for heading in ("steps", "latency", "speed-up", "GMACs", "PSNR", "|Δ pred_x0|"):
         table.add_column(heading, justify="right", no_wrap=True)
-    titles = {"uncached": "uncached", "cached": "cached", "fewer_steps": "fewer steps"}
     for name, run in result.runs.items():
         kinds = f"{run.summary.full_steps} I + {run.summary.cached_steps} P" if run.summary.cached_steps else f"{run.steps} I"
-        deviation = f"{statistics.mean(deviations):.4f}" if name == "cached" else "-"
+        deviation = f"{statistics.mean(deviations[name]):.4f}" if name in deviations else "-"
         quality = "-" if name == "uncached" else _db(run)
         speed_up = f"{result.uncached.latency / run.latency:.2f}x"
-        table.add_row(titles[name], kinds, f"{run.latency:.2f} s", speed_up, _gmacs(run), quality, deviation)
-    peak = max(range(len(deviations)), key=deviations.__getitem__)
+        table.add_row(result.titles[name], kinds, f"{run.latency:.2f} s", speed_up, _gmacs(run), quality, deviation)
+    per_step = deviations["cached"]
+    peak = max(range(len(per_step)), key=per_step.__getitem__)
     margin = result.margin_db
     verdict = "closer to" if margin > 0 else "further from"
     comparison = (
@@ -389,8 +418,8 @@ def report(result: DemoResult) -> Group:
     sides = "torch.compile (inductor) on both sides" if settings.backend == "inductor" else "eager graphs on both sides"
     return Group(
         table,
-        f"Mean |Δ pred_x0| from the uncached run, per step (largest {deviations[peak]:.4f} at step {peak}; I marks a step in full):",
-        "  " + sparkline(deviations),
+        f"Mean |Δ pred_x0| of the cached from the uncached run, per step (largest {per_step[peak]:.4f} at step {peak}; I: a step in full):",
+        "  " + sparkline(per_step),
         "  " + result.cached.kinds.replace("P", "·"),
         comparison,
         f"Latency: whole runs, median of {settings.repeats} measured in turn after a warm-up; {sides}.",

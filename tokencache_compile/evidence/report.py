@@ -117,7 +117,7 @@ def at_speed_ups(found: Sequence[Point], metric: Metric) -> list[tuple[str, list
 
 def _page(result: dict[str, Any], found: Sequence[Point], drawn: Sequence[Chart], folder: Path) -> str:
     subject = result["settings"]["subject"]
-    title = f"{subject['model']}: cached sampling, measured"
+    title = f"{subject['model']}: caching methods measured side by side"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="soft">{escape(_described(result))}</p>', "<h2>At equal speed</h2>"]
     parts.append(f'<p class="soft">Each method’s best setting that is at least about as fast; {escape(_speed_title(found))}.</p>')
     for metric in METRICS:
@@ -131,8 +131,8 @@ def _page(result: dict[str, Any], found: Sequence[Point], drawn: Sequence[Chart]
         parts += [f"<figure><h3>{escape(chart.title)}</h3>", svg(chart), legend(chart), "</figure>"]
     parts += ["<h2>What is recomputed</h2>", _plans(found), "<h2>Samples</h2>", _samples(result, found, folder)]
     parts += ["<h2>All methods</h2>", _all_rows(result, found), _failed(result), "<h2>Environment</h2>", _environment(result)]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><title>{escape(title)}</title>'
-    head += f"<style>{_STYLE.read_text()}</style>"
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+    head += f"<title>{escape(title)}</title><style>{_STYLE.read_text()}</style>"
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 

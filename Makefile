@@ -1,6 +1,6 @@
 # make         the virtual environment .venv (fast when it is up to date)
 # make demo    images from the reference model, with and without caching, in out/demo
-# make test    ruff, mypy, pytest
+# make test    ruff, mypy, pytest; root on Debian installs Chromium for it
 # make data    Fashion-MNIST, for training and judging the reference model only
 # make clean   what the targets above and the tools wrote, .venv and .data excepted
 
@@ -8,7 +8,7 @@ PYTHON ?= python3.11
 DATASET := dataset-fashion-mnist
 
 .DEFAULT_GOAL := .venv/installed
-.PHONY: .venv demo test data clean
+.PHONY: .venv demo test browser data clean
 
 .venv: .venv/installed
 
@@ -21,10 +21,19 @@ demo: .venv/installed
 	.venv/bin/tokencache demo --out out/demo
 
 # One thread a test process: the processes share the cores already.
-test: .venv/installed
+test: .venv/installed browser
 	.venv/bin/ruff check .
 	.venv/bin/mypy -p tokencache_compile
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+
+# The report's test opens it in Chromium, and is skipped where there is none (but not where CI is set).
+browser:
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name > /dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update --quiet && apt-get install -y --quiet --no-install-recommends chromium || echo "Chromium could not be installed."; \
+	else \
+		echo "No Chromium, and not root on Debian: the report's test in a browser is skipped."; \
+	fi
 
 data:
 	@set -e; if [ "$$(id -u)" = 0 ]; then \

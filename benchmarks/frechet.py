@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencache_compile.judges.distribution import frechet_distance, moments
+
 DIMENSIONS, SIZE, MEAN, STD = 64, 64, 127.0 / 255.0, 128.0 / 255.0
 
 
@@ -33,20 +35,6 @@ def features(network: Any, images: Tensor, batch: int = 64) -> Tensor:
         normal = (resized.clamp(-1, 1).add(1).div(2) - MEAN) / STD
         found.append(network.extract_features(normal.expand(-1, 3, -1, -1)).mean((2, 3)))
     return torch.cat(found).double()
-
-
-def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [d] and covariance [d, d] of ``rows`` [n, d]."""
-    return rows.mean(0), torch.cov(rows.T)
-
-
-def distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """|μ₁ − μ₂|² + tr(C₁ + C₂ − 2 (C₁ C₂)^½) of two Gaussians given by their moments."""
-    (mean, covariance), (other_mean, other_covariance) = first, second
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp_min(0).sqrt().sum()
-    return float((mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2 * cross)
 
 
 @dataclass(frozen=True)
@@ -76,4 +64,4 @@ class FrechetDistance:
 
     def __call__(self, images: Tensor) -> float:
         """The distance of ``images`` [n, 1 or 3, H, W]; at 2,000 of them about 1 is left even for real ones."""
-        return distance(moments((features(self.network, images) - self.centre) @ self.projection), self.real)
+        return frechet_distance(moments((features(self.network, images) - self.centre) @ self.projection), self.real)

@@ -16,6 +16,10 @@ from typing import Annotated, Any
 import typer
 from choose_defaults import BASE
 
+from tokencache_compile.evidence.compare import METRICS, best_at, failures, points
+from tokencache_compile.evidence.methods import OURS, RANDOM, SPEED_UPS
+from tokencache_compile.evidence.report import at_speed_ups
+
 ROOT = Path(__file__).resolve().parent.parent
 TABLES, FRECHET = "benchmarks/results/learned_tables.json", "benchmarks/results/frechet.json"
 EQUAL_COST = "benchmarks/results/equal_cost.json"
@@ -198,21 +202,36 @@ def exported() -> str:
     )
 
 
-def peers_with() -> str:
-    """The peers' versions."""
-    versions = read("benchmarks/results/peers.json")["settings"]["versions"]
-    return f"cache-dit {versions['cache-dit']}, diffusers {versions['diffusers']}"
-
-
-def peers() -> str:
-    """This project and its peers at fixed spacings of I-steps, and the peers by threshold, in the order of their MACs."""
-    rows = []
-    for name, row in sorted(read("benchmarks/results/peers.json")["rows"].items(), key=lambda item: item[1].get("full_step_equivalents", 0)):
-        if name.startswith("fewer"):
-            continue
-        figures = [f"{row['full_step_equivalents']:.1f}", f"{row['psnr_db']:.1f}", f"{row['pred_x0_mae']:.4f}"] if "psnr_db" in row else ["failed"] * 3
-        rows.append([f"**{name}**" if name.startswith("ours") else name, *figures])
-    return table(["method", "MACs, in full steps of 50", "PSNR (dB)", "deviation of pred_x0"], rows)
+def pareto(model: str) -> str:
+    """All methods on a reference model at equal speed: the table of its report, and what it says; empty before benchmarks/pareto.py ran."""
+    file = f"benchmarks/results/pareto_{model}/bench.json"
+    if not (ROOT / file).exists():
+        return ""
+    result = read(file)
+    found, measured = points(result), result["settings"]
+    metrics = [metric for metric in METRICS if metric.key != "ssim" and any(p.value(metric) is not None for p in found)]
+    parts = [
+        f"**Beside peers on the {measured['subject']['model']}**: {measured['subject']['steps']} guided DDIM steps, {measured['quality']['samples']} samples, "
+        f"whole runs of {measured['latency']['batch']} samples in turn with the compiled uncached model, medians of {measured['latency']['rounds']} "
+        f"(cache-dit {measured['subject']['cache-dit']}, diffusers {result['environment']['quality']['diffusers']}; each peer in torch.compile or eager, "
+        "whichever is faster). Each method's best setting that is at least about so fast; the best of all in bold."
+    ]
+    for metric in metrics:
+        best = {speed: best_at(found, metric, speed) for speed in SPEED_UPS}
+        rows = []
+        for family, chosen in at_speed_ups(found, metric):
+            shown = ["–" if p is None else ("**{}**" if p is best[s] else "{}").format(metric.show(p.quality[metric.key])) for s, p in zip(SPEED_UPS, chosen, strict=True)]
+            if any(chosen):
+                rows.append([family, *shown])
+        floor = result["floors"].get(metric.key)
+        title = metric.title + (f"; floor {metric.show(floor)}, uncached {metric.show(result['uncached'][metric.key])}" if floor is not None else "")
+        parts.append(table([title, *(f"{speed:g}×" for speed in SPEED_UPS)], rows))
+        won = [f"{speed:g}×" for speed, p in best.items() if p is not None and p.family in (OURS, RANDOM)]
+        lost = [f"{p.family} at {speed:g}×" for speed, p in best.items() if p is not None and p.family not in (OURS, RANDOM)]
+        parts.append(f"By {metric.title}, this package is best at {', '.join(won) or 'no speed'}" + (f"; better are {', '.join(lost)}." if lost else "."))
+    if failed := failures(result):
+        parts.append("Failed: " + "; ".join(failed) + ".")
+    return "\n\n".join(parts)
 
 
 def section() -> str:
@@ -233,12 +252,9 @@ recomputed tokens for the same MACs, and K buys next to nothing.
 
 {settings()}
 
-**Beside peers**, the same {grid["settings"]["samples"]} noises, eager, MACs counted as they ran ({peers_with()}). At every spacing this project is closest to the uncached images for the fewest \
-MACs. By the mean deviation of pred_x0 over the steps diffusers' TaylorSeer, which forecasts attention and MLP apart under the step's own gates, is closer than we are at every spacing, and cache-dit's mostly: \
-there we are behind. \
-Neither peer lists DiT: what had to be done by hand is in benchmarks/peers.py. Latency was not measured.
+{pareto("dit")}
 
-{peers()}
+{pareto("pixart")}
 
 **Who chooses the tokens?** {learned["samples"]} fixed noises, guidance {learned["guidance"]}, {learned["full_steps"]} I-steps of {learned["steps"]}, ratio 0.9, equal keep counts and one selection a \
 guidance pair for all, MACs of the predictor left out. The learned predictor is closest to the uncached run by both measures of deviation; it was trained on guidance pairs and the guided \

@@ -27,8 +27,8 @@ from diffusers import DiTTransformer2DModel
 from rich.progress import track
 
 import tokencache_compile as tc
-from tokencache_compile.bench import Steps, seconds
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
+from tokencache_compile.step_times import Steps, seconds
 
 DIT_XL_2 = dict(
     num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32, patch_size=2,

@@ -1,4 +1,4 @@
-"""The commands ``tokencache export`` and ``tokencache bench``."""
+"""The commands ``tokencache export`` and ``tokencache engines``."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def export(
         console.print(table)
 
 
-def bench(
+def engines(
     model: _Model,
     out: Annotated[Path, typer.Option(help="JSON file of the figures.")],
     plan: _Plan = None,
@@ -97,7 +97,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Each times everything once; figures are medians.")] = 7,
 ) -> None:
     """Time a model's I- and P-step in every engine that is installed."""
-    from tokencache_compile.bench import bench as run
+    from tokencache_compile.step_times import step_times as run
 
     with clean_errors():
         transformed, given = _transformed(model, plan, ratio, batch, dtype, device)

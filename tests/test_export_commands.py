@@ -1,4 +1,4 @@
-"""``tokencache export`` and ``tokencache bench`` on a saved model: what they write is loaded, run and compared."""
+"""``tokencache export`` and ``tokencache engines`` on a saved model: what they write is loaded, run and compared."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def test_a_gpu_for_onnx_files_is_refused(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
-def test_bench_times_the_engines(saved: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bench.json"
-    result = tokencache("bench", saved, "--out", out, "--rounds", 3, "--backend", "eager", "--backend", "onnxruntime")
+def test_engines_are_timed(saved: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engines.json"
+    result = tokencache("engines", saved, "--out", out, "--rounds", 3, "--backend", "eager", "--backend", "onnxruntime")
     assert result.exit_code == 0, result.output
     figures = json.loads(out.read_text())
     assert list(figures["backends"]) == ["eager", "onnxruntime"]
@@ -84,8 +84,8 @@ def test_bench_times_the_engines(saved: Path, tmp_path: Path) -> None:
     assert figures["gmacs"]["P"] < figures["gmacs"]["I"]
 
 
-def test_bench_of_what_is_not_there(saved: Path, tmp_path: Path) -> None:
-    nothing = tokencache("bench", saved, "--out", tmp_path / "a.json", "--ratio", 0)
+def test_engines_of_what_is_not_there(saved: Path, tmp_path: Path) -> None:
+    nothing = tokencache("engines", saved, "--out", tmp_path / "a.json", "--ratio", 0)
     assert nothing.exit_code == 1 and "there is no P-step to time" in nothing.output
-    unknown = tokencache("bench", saved, "--out", tmp_path / "a.json", "--backend", "jax")
+    unknown = tokencache("engines", saved, "--out", tmp_path / "a.json", "--backend", "jax")
     assert unknown.exit_code == 1 and "backend='jax' was asked for" in unknown.output

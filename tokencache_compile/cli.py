@@ -11,6 +11,7 @@ from rich.console import Console
 from tokencache_compile.clean_errors import clean_errors
 from tokencache_compile.engine import Backend
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.evidence import commands as evidence_commands
 from tokencache_compile.export import commands as export_commands
 from tokencache_compile.learn import commands
 from tokencache_compile.plan import CacheConfig, CacheDtype, Context, History, Scorer, Selection
@@ -115,5 +116,14 @@ def explain(
         explain_model(model_or_config, config, Console(), steps, batch)
 
 
-for _command in (commands.train, commands.calibrate, commands.tune, commands.plot, export_commands.export, export_commands.bench):
+for _command in (
+    commands.train,
+    commands.calibrate,
+    commands.tune,
+    commands.plot,
+    export_commands.export,
+    export_commands.engines,
+    evidence_commands.bench,
+    evidence_commands.report,
+):
     app.command()(_command)

@@ -65,7 +65,7 @@ class Steps:
         self._cached(self._inputs, self._extras, self._caches)
 
 
-def bench(
+def step_times(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
     config: CacheConfig,

@@ -11,6 +11,7 @@ Every figure is on disk as soon as it is there: a run that was stopped goes on. 
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ from rich.console import Console
 from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.demo import DEFAULT_PLAN
 from tokencache_compile.evidence.compare import failures, points, warnings
-from tokencache_compile.evidence.methods import standard_methods
+from tokencache_compile.evidence.methods import FEWER, RANDOM, of_blocks, standard_methods
 from tokencache_compile.evidence.report import write_report
 from tokencache_compile.evidence.runs import PHASES, BenchSettings, run_bench
 from tokencache_compile.evidence.subject import Subject
@@ -35,6 +36,8 @@ from tokencache_compile.evidence.subjects import reference_subject
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REAL = 10_000  # images that the Fréchet distance is to
+ENOUGH = 1_000  # samples from which on it says something
+BLOCKS_AND_TOKENS = {"dit": (12, 64), "pixart": (8, 64)}
 
 
 def dit(samples: int) -> tuple[Subject, CacheArtefact]:
@@ -56,7 +59,8 @@ def main(
     model: Annotated[Literal["dit", "pixart"], typer.Argument(help="Which reference model.")],
     out: Annotated[Path | None, typer.Option(help="Folder; benchmarks/results/pareto_MODEL if left out.")] = None,
     phase: Annotated[Literal["quality", "latency", "both"], typer.Option(help="Quality may be measured on a busy machine.")] = "both",
-    samples: int = 100,
+    methods: Annotated[str, typer.Option(help="Regular expression: which ones beside fewer steps and random tokens.")] = "",
+    samples: Annotated[int, typer.Option(help=f"Noises of the quality phase; the Fréchet distance is taken from {ENOUGH} on.")] = 100,
     batch: int = 4,
     rounds: int = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
@@ -70,9 +74,12 @@ def main(
     artefact: Any
     subject, artefact = dit(samples) if model == "dit" else pixart(samples)
     subject = replace(subject, settings={**subject.settings, "cache-dit": importlib.metadata.version("cache-dit")})
-    methods = standard_methods(subject.steps, True, artefact) + peer_methods(subject)
+    if samples < ENOUGH:
+        subject = replace(subject, judges={}, floors={})
+    every = standard_methods(subject.steps, True, artefact) + of_blocks(subject.steps, *BLOCKS_AND_TOKENS[model]) + peer_methods(subject)
+    chosen = [method for method in every if method.family in (FEWER, RANDOM) or re.search(methods, method.name)]
     settings = BenchSettings(samples, min(samples, 25), batch, rounds)
-    result = run_bench(subject, methods, folder, PHASES if phase == "both" else (phase,), settings, console)
+    result = run_bench(subject, chosen, folder, PHASES if phase == "both" else (phase,), settings, console)
     for line in [*warnings(points(result)), *(f"failed: {name}: {why}" for name, why in failures(result).items())]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for path in write_report(folder):

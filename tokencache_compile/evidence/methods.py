@@ -10,6 +10,7 @@ from torch import nn
 
 from tokencache_compile.api import transform
 from tokencache_compile.artefact import CacheArtefact
+from tokencache_compile.baselines import deepcache, delta_dit, fora, toca
 from tokencache_compile.plan import CacheConfig, Selection
 from tokencache_compile.schedule import Schedule
 
@@ -66,16 +67,26 @@ def spacings(steps: int) -> dict[str, Schedule]:
     }
 
 
+def of_blocks(steps: int, blocks: int, tokens: int) -> list[Method]:
+    """Published methods that depend on how many blocks and tokens a model has."""
+    found = [cached(f"DeepCache, every {every}", deepcache(blocks, tokens, every), family="DeepCache") for every in (2, 3, 4)]
+    half = delta_dit(blocks, tokens, blocks // 2, steps // 2)
+    return [*found, cached("Δ-DiT, half of the blocks", half, family="Δ-DiT"), cached("ToCa", toca(steps, blocks, tokens), family="ToCa")]
+
+
 def standard_methods(steps: int, guided: bool, artefact: CacheArtefact | None = None) -> list[Method]:
-    """Fewer steps, random tokens, nothing recomputed, and with a predictor its tokens and the paper's settings."""
+    """Fewer steps, random tokens, nothing recomputed, FORA, and with a predictor its tokens and the paper's settings."""
     selection: Selection = "pair" if guided else "sample"
     found = fewer_steps(steps)
     for name, schedule in spacings(steps).items():
         found.append(cached(f"random tokens, ratio 0.9, {name}", CacheConfig(selection=selection, schedule=schedule), family=RANDOM))
         found.append(cached(f"ours: nothing recomputed, {name}", CacheConfig(ratio=1.0, schedule=schedule)))
+        modules = CacheConfig(ratio=1.0, forecast=1, granularity="module", schedule=schedule)
+        found.append(cached(f"ours: modules apart, nothing recomputed, {name}", modules))
         if artefact is not None and artefact.predictor is not None:
             config = CacheConfig(scorer="predictor", selection=selection, schedule=schedule)
             found.append(cached(f"ours: predictor, ratio 0.9, {name}", config, artefact))
+    found += [cached(f"FORA, every {interval}", fora(steps, interval), family="FORA") for interval in (2, 3, 4)]
     if artefact is not None and artefact.predictor is not None:
         for full in sorted({max(1, round(share * steps)) for share in (0.24, 0.5)}):
             found.append(cached(f"the paper's: {full} I-steps", CacheConfig.paper(steps=steps, full_steps=full), artefact, PAPER))

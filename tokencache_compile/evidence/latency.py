@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import statistics
@@ -64,7 +65,7 @@ class Clock:
         return seconds(lambda: sample(net, scheduler, self.noise, steps, self.conditions), self.noise.device)
 
     def _peak_growth(self, net: Any, scheduler: Any, steps: int) -> int | None:
-        """The most memory that a warm run takes beyond what was held before it; None where the system does not tell."""
+        """The most memory that a warm run takes beyond what is held between runs; None where the system does not tell."""
         if self.noise.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -72,9 +73,10 @@ class Clock:
             return torch.cuda.max_memory_allocated() - before
         gc.collect()
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed is resident still, and would hide what the run takes
             _CLEAR.write_text("5")  # the peak begins anew at what is resident now
             before = _resident("VmRSS")
-        except OSError:  # no Linux, or not allowed
+        except (OSError, AttributeError):  # no Linux, another C library, or not allowed
             return None
         self._run(net, scheduler, steps)
         return max(0, _resident("VmHWM") - before)

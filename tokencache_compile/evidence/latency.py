@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.utils import fresh_cache
 
 from tokencache_compile.api import transform
 from tokencache_compile.evidence.methods import Method
@@ -35,14 +36,19 @@ class Clock:
     def measure(self, method: Method, backend: str) -> dict[str, Any]:
         """Figures of ``method``, warm: its first two runs, which compile, are not among the timed ones."""
         steps = method.steps or self.subject.steps
-        start = time.perf_counter()
         net, scheduler = self.uncached, self.scheduler
         if method.start is not None:
-            scheduler = self.subject.scheduler()
-            net = method.start(self.subject.load(), scheduler, backend)
-        prepared = time.perf_counter() - start
-        first = self._run(net, scheduler, steps)
-        self._run(net, scheduler, steps)
+            # Methods share the model's code, of which torch.compile takes only so many versions: a later one would run eager.
+            torch.compiler.reset()
+            self._run(self.uncached, self.scheduler, self.subject.steps)
+        with fresh_cache():  # nothing compiled is found on disk; what is compiled here stays in memory
+            start = time.perf_counter()
+            if method.start is not None:
+                scheduler = self.subject.scheduler()
+                net = method.start(self.subject.load(), scheduler, backend)
+            prepared = time.perf_counter() - start
+            first = self._run(net, scheduler, steps)
+            self._run(net, scheduler, steps)
         peak = self._peak_growth(net, scheduler, steps)
         own, others = [], []
         for _ in range(self.rounds):

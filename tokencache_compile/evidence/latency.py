@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import statistics
 import time
@@ -58,7 +59,7 @@ class Clock:
         gc.collect()  # what torch.compile keeps of the model goes with it
         return {
             "seconds": statistics.median(own),
-            "p90": sorted(own)[int(0.9 * (self.rounds - 1))],
+            "p90": sorted(own)[math.ceil(0.9 * self.rounds) - 1],
             "each": own,
             "uncached_each": others,
             "speed_up": statistics.median(other / one for other, one in zip(others, own, strict=True)),

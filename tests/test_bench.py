@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import tokencache_compile as tc
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.evidence.compare import METRICS, Metric, best_at, failures, front, margin, points, warnings
+from tokencache_compile.evidence.latency import Clock
 from tokencache_compile.evidence.methods import FEWER, OURS, RANDOM, Method, cached, fewer_steps, standard_methods
 from tokencache_compile.evidence.runs import BenchSettings, run_bench
 from tokencache_compile.evidence.subject import Subject
@@ -53,13 +54,13 @@ def subject() -> Subject:
 class Louder(nn.Module):
     """A method that errs by a known factor."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, factor: float = 1.05) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.factor = net, factor
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         output: Tensor = self.net(*args, **kwargs)[0]
-        return (1.05 * output,)
+        return (self.factor * output,)
 
 
 def broken(net: nn.Module, scheduler: Any, backend: str) -> Any:
@@ -149,6 +150,30 @@ def test_latency_is_of_whole_runs_beside_the_uncached_one(bench: tuple[dict[str,
         assert timed["speed_up"] == pytest.approx(sum(ratios) / 2)  # the median of two
         assert timed["seconds"] == pytest.approx(sum(timed["each"]) / 2) and timed["p90"] in timed["each"]
         assert timed["compile_seconds"] >= 0.0
+
+
+def test_each_method_compiles_its_own_code() -> None:
+    """Past torch.compile's limit of versions of one piece of code, a method would run eager under the name of compiled."""
+    compiled: list[float] = []
+
+    def start(factor: float) -> Callable[..., Any]:
+        def begin(net: nn.Module, *_: Any) -> nn.Module:
+            louder = Louder(net, factor)
+
+            def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+                compiled.append(factor)
+                return graph.forward
+
+            louder.compile(backend=backend)
+            return louder
+
+        return begin
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        clock = Clock(replace(subject(), steps=2), batch=1, rounds=1, backend="eager")
+        for factor in (1.5, 2.5):
+            clock.measure(Method(str(factor), "louder", start(factor)), "inductor")
+    assert set(compiled) == {1.5, 2.5}
 
 
 def test_a_failed_method_is_a_row_and_stops_nothing(bench: tuple[dict[str, Any], Path, str]) -> None:

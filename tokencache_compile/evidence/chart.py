@@ -26,7 +26,7 @@ _PATHS = {  # the same in SVG, about the origin
     "<": "M-5,0L4,-5V5Z",
     ">": "M5,0L-4,-5V5Z",
 }
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 420, 64, 16, 12, 46
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 420, 80, 16, 12, 46
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class Chart:
 
     @property
     def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Ends of both axes: of the marks, else the lines, with a margin."""
-        drawn = [(x, y) for s in self.series for x, y in (*((x, y) for x, y, _ in s.marks), *s.line)]
+        """Ends of both axes: of marks, lines and bands, with a margin."""
+        bands = [(x, y) for s in self.series for x, *ends in s.band for y in ends]
+        drawn = [(x, y) for s in self.series for x, y in (*((x, y) for x, y, _ in s.marks), *s.line)] + bands
         xs, ys = [x for x, _ in drawn], [y for _, y in drawn]
         ys += [self.horizontal[0]] if self.horizontal else []
         low, high = _padded(ys)

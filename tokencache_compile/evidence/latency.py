@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import math
 import os
 import statistics
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor.utils import fresh_cache
 
 from tokencache_compile.api import transform
 from tokencache_compile.evidence.methods import Method
@@ -34,14 +37,19 @@ class Clock:
     def measure(self, method: Method, backend: str) -> dict[str, Any]:
         """Figures of ``method``, warm: its first two runs, which compile, are not among the timed ones."""
         steps = method.steps or self.subject.steps
-        start = time.perf_counter()
         net, scheduler = self.uncached, self.scheduler
         if method.start is not None:
-            scheduler = self.subject.scheduler()
-            net = method.start(self.subject.load(), scheduler, backend)
-        prepared = time.perf_counter() - start
-        first = self._run(net, scheduler, steps)
-        self._run(net, scheduler, steps)
+            # Methods share the model's code, of which torch.compile takes only so many versions: a later one would run eager.
+            torch.compiler.reset()
+            self._run(self.uncached, self.scheduler, self.subject.steps)
+        with fresh_cache():  # nothing compiled is found on disk; what is compiled here stays in memory
+            start = time.perf_counter()
+            if method.start is not None:
+                scheduler = self.subject.scheduler()
+                net = method.start(self.subject.load(), scheduler, backend)
+            prepared = time.perf_counter() - start
+            first = self._run(net, scheduler, steps)
+            self._run(net, scheduler, steps)
         peak = self._peak_growth(net, scheduler, steps)
         own, others = [], []
         for _ in range(self.rounds):
@@ -51,7 +59,7 @@ class Clock:
         gc.collect()  # what torch.compile keeps of the model goes with it
         return {
             "seconds": statistics.median(own),
-            "p90": sorted(own)[int(0.9 * (self.rounds - 1))],
+            "p90": sorted(own)[math.ceil(0.9 * self.rounds) - 1],
             "each": own,
             "uncached_each": others,
             "speed_up": statistics.median(other / one for other, one in zip(others, own, strict=True)),
@@ -64,7 +72,7 @@ class Clock:
         return seconds(lambda: sample(net, scheduler, self.noise, steps, self.conditions), self.noise.device)
 
     def _peak_growth(self, net: Any, scheduler: Any, steps: int) -> int | None:
-        """The most memory that a warm run takes beyond what was held before it; None where the system does not tell."""
+        """The most memory that a warm run takes beyond what is held between runs; None where the system does not tell."""
         if self.noise.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -72,9 +80,10 @@ class Clock:
             return torch.cuda.max_memory_allocated() - before
         gc.collect()
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed is resident still, and would hide what the run takes
             _CLEAR.write_text("5")  # the peak begins anew at what is resident now
             before = _resident("VmRSS")
-        except OSError:  # no Linux, or not allowed
+        except (OSError, AttributeError):  # no Linux, another C library, or not allowed
             return None
         self._run(net, scheduler, steps)
         return max(0, _resident("VmHWM") - before)

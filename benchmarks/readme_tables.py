@@ -242,7 +242,8 @@ def section() -> str:
     tuned, clock = (read(f"benchmarks/results/{name}.json") for name in ("tune_reference", "tune_reference_clock"))
     learned, equal = read(TABLES)["settings"], read(EQUAL_COST)
     return f"""**The demo** (reference DiT, 50 guided DDIM steps, ratio 0.9, the shipped predictor and plan, compiled, {shown["machine"]["threads"]} CPU threads, torch \
-{steps["torch"]}, load average {shown["machine"]["load_average"]}; latency of whole runs in turn). At equal MACs the cached run is **{shown["margin_db"]:+.1f} dB** ahead of the run with fewer steps.
+{steps["torch"]}, load average {shown["machine"]["load_average"]}; latency of whole runs in turn). At equal MACs the cached run is **{shown["margin_db"]:+.1f} dB** ahead of the run with fewer steps. \
+The row with LoRA is a plan of its own (`reference/cache_lora`) and not the default: it costs more than K = 0, see docs/learning.md.
 
 {demo()}
 

@@ -291,8 +291,9 @@ def test_demo_of_the_shipped_model_runs_its_lora(tmp_path: Path) -> None:
     runs = figures["runs"]
     assert list(runs) == ["uncached", "cached", "refined", "fewer_steps"]
     refined, cached = runs["refined"], runs["cached"]
-    (row,) = [line for line in result.output.splitlines() if line.startswith("cached, last 3 blocks refined by LoRA")]
-    assert refined["title"] == "cached, last 3 blocks refined by LoRA" and f"{refined['macs'] / 1e9:.1f}" in row
+    (row,) = [line for line in result.output.splitlines() if line.strip().startswith("cached, LoRA ")]
+    assert refined["title"] == "cached, last 3 blocks refined by LoRA" and f"cached, LoRA: {refined['title']}." in result.output
+    assert f"{refined['macs'] / 1e9:.1f}" in row
     assert f"{refined['mean_deviation_pred_x0']:.4f}" in row and f"{refined['psnr_db']:.1f} dB" in row
     assert Image.open(tmp_path / "demo.png").height == TOP + 7 * (128 + 6)
 

@@ -12,9 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # By series, light and dark; the shapes differ too, so that colour is never all that tells two series apart.
-LIGHT = ("#1f5fbf", "#c9382f", "#1d7f4f", "#a66f00", "#7443b8", "#0b7c8c", "#b83b8a", "#5d6675", "#855021")
-DARK = ("#74abff", "#ff8178", "#62d096", "#e8b548", "#bd98fa", "#4fcbdb", "#f48ccb", "#aeb6c4", "#d6a06c")
-_SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">")  # matplotlib's names
+LIGHT = (
+    "#1f5fbf", "#c9382f", "#1d7f4f", "#a66f00", "#7443b8", "#0b7c8c", "#b83b8a", "#5d6675", "#855021",
+    "#5c7a00", "#00559a", "#d0590f", "#4b3b8f",
+)  # fmt: skip
+DARK = (
+    "#74abff", "#ff8178", "#62d096", "#e8b548", "#bd98fa", "#4fcbdb", "#f48ccb", "#aeb6c4", "#d6a06c",
+    "#b9d34f", "#6fc3ff", "#ff9d5c", "#a79bf0",
+)  # fmt: skip
+_SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "d", "p", "h", "8")  # matplotlib's names
 _PATHS = {  # the same in SVG, about the origin
     "o": "M-4.5,0a4.5,4.5 0 1,0 9,0a4.5,4.5 0 1,0 -9,0Z",
     "s": "M-4,-4H4V4H-4Z",
@@ -25,6 +31,10 @@ _PATHS = {  # the same in SVG, about the origin
     "X": "M-4.5,-2.5L-2.5,-4.5L0,-2L2.5,-4.5L4.5,-2.5L2,0L4.5,2.5L2.5,4.5L0,2L-2.5,4.5L-4.5,2.5L-2,0Z",
     "<": "M-5,0L4,-5V5Z",
     ">": "M5,0L-4,-5V5Z",
+    "d": "M0,-5.5L3,0L0,5.5L-3,0Z",
+    "p": "M0,-5L4.8,-1.5L2.9,4H-2.9L-4.8,-1.5Z",
+    "h": "M0,-5L4.3,-2.5V2.5L0,5L-4.3,2.5V-2.5Z",
+    "8": "M-2,-4.8H2L4.8,-2V2L2,4.8H-2L-4.8,2V-2Z",
 }
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 860, 420, 80, 16, 12, 46
 

@@ -81,8 +81,9 @@ def standard_methods(steps: int, guided: bool, artefact: CacheArtefact | None = 
     for name, schedule in spacings(steps).items():
         found.append(cached(f"random tokens, ratio 0.9, {name}", CacheConfig(selection=selection, schedule=schedule), family=RANDOM))
         found.append(cached(f"ours: nothing recomputed, {name}", CacheConfig(ratio=1.0, schedule=schedule)))
-        modules = CacheConfig(ratio=1.0, forecast=1, granularity="module", schedule=schedule)
-        found.append(cached(f"ours: modules apart, nothing recomputed, {name}", modules))
+        for order, title in ((1, "modules apart"), (2, "modules apart, order 2")):
+            modules = CacheConfig(ratio=1.0, forecast=order, granularity="module", schedule=schedule)
+            found.append(cached(f"ours: {title}, nothing recomputed, {name}", modules))
         if artefact is not None and artefact.predictor is not None:
             config = CacheConfig(scorer="predictor", selection=selection, schedule=schedule)
             found.append(cached(f"ours: predictor, ratio 0.9, {name}", config, artefact))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokencache_compile import ConfigError, baselines
 from tokencache_compile.learn.loop import TrainingConfig
-from tokencache_compile.learn.router import run_modules, train_router
+from tokencache_compile.learn.router import RoutedStack, train_router
 from tokencache_compile.learn.stack import BlockStack
 
 NULL = {"class_labels": torch.tensor(1000)}
@@ -52,12 +52,12 @@ def mixed_by_hooks(model: Model, held: list[list[Tensor]], gates: Tensor, **call
 def test_what_gates_mix() -> None:
     model, earlier, now = build("dit"), inputs("dit"), inputs("dit", timestep=300)
     now = now | {"hidden_states": sample(seed=9)}
-    stack = BlockStack(model, earlier)
+    routed = RoutedStack(BlockStack(model, earlier))
     gates = torch.rand(LAYERS, 2, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        first, held = run_modules(stack, earlier)
+        first, held = routed.run(earlier)
         torch.testing.assert_close(first, model(**earlier).sample)
-        got, _ = run_modules(stack, now, gates, held)
+        got, _ = routed.run(now, gates, held)
     torch.testing.assert_close(got, mixed_by_hooks(model, held, gates, **now), atol=1e-4, rtol=1e-4)
 
 

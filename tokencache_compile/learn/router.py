@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
-from tokencache_compile.ir import Block
+from tokencache_compile.ir import Block, Body
 from tokencache_compile.learn.checkpoint import load_checkpoint, save_checkpoint
 from tokencache_compile.learn.gated import mean_square
 from tokencache_compile.learn.loop import CHECKPOINT, Batches, Data, Feed, RunState, TrainingConfig, check_run, identity, open_log, progress
@@ -32,13 +32,11 @@ EVERY_SECOND = CacheConfig(forecast=0, granularity="module", schedule=Schedule(2
 
 
 class _Modules(Interpreter):
-    """Runs one block and notes what its modules give; with ``gates`` [M], mixes that with what they ``held``."""
+    """Runs one body and notes what its modules, ``names`` of nodes, give; with ``gates`` [M], mixes that with what they ``held``."""
 
-    def __init__(self, stack: BlockStack, block: Block, gates: Tensor | None, held: Sequence[Tensor]) -> None:
-        body = stack.program.body_of(block)
+    def __init__(self, body: Body, names: Sequence[str], gates: Tensor | None, held: Sequence[Tensor]) -> None:
         super().__init__(body.graph_module)
-        parts = module_outputs(body, stack.program.known_stream)
-        self.numbers = {part.node: number for number, part in enumerate(parts)}
+        self.numbers = {name: number for number, name in enumerate(names)}
         self.gates, self.held = gates, held
         self.seen: list[Tensor] = []
 
@@ -63,21 +61,34 @@ class Router(nn.Module):
         return self.logits[step // 2].sigmoid()
 
 
-def run_modules(
-    stack: BlockStack, call: Mapping[str, Any], gates: Tensor | None = None, held: Sequence[Sequence[Tensor]] = ()
-) -> tuple[Tensor, list[list[Tensor]]]:
-    """One forward pass, its modules mixed with what they ``held`` if there are ``gates``; the output, and what every module gave."""
-    found: list[list[Tensor]] = []
+class RoutedStack:
+    """The blocks of ``stack``, each cut at its modules.
 
-    def visit(block: Block, inputs: list[Tensor]) -> Tensor:
-        own = (None, ()) if gates is None else (gates[block.index], held[block.index])
-        modules = _Modules(stack, block, *own)
-        outputs = modules.run(*stack.weights_of(block), *inputs)
-        found.append(modules.seen)
-        result: Tensor = outputs[stack.program.body_of(block).known_roles.stream_output]
-        return result
+    Raises:
+        UnsupportedModelError: the blocks' modules do not stand apart.
+    """
 
-    return stack.run(call, visit), found
+    def __init__(self, stack: BlockStack) -> None:
+        self.stack = stack
+        stream = stack.program.known_stream
+        self.names = [tuple(part.node for part in module_outputs(body, stream)) for body in stack.program.bodies]
+
+    def run(
+        self, call: Mapping[str, Any], gates: Tensor | None = None, held: Sequence[Sequence[Tensor]] = ()
+    ) -> tuple[Tensor, list[list[Tensor]]]:
+        """One forward pass, its modules mixed with what they ``held`` if there are ``gates``; the output, and what every module gave."""
+        found: list[list[Tensor]] = []
+
+        def visit(block: Block, inputs: list[Tensor]) -> Tensor:
+            body = self.stack.program.body_of(block)
+            own = (None, ()) if gates is None else (gates[block.index], held[block.index])
+            modules = _Modules(body, self.names[block.body], *own)
+            outputs = modules.run(*self.stack.weights_of(block), *inputs)
+            found.append(modules.seen)
+            result: Tensor = outputs[body.known_roles.stream_output]
+            return result
+
+        return self.stack.run(call, visit), found
 
 
 def train_router(
@@ -106,9 +117,8 @@ def train_router(
     p_steps = check_run(model, EVERY_SECOND, training, null, accelerator)
     batches = Batches(data, null, training, p_steps, accelerator.process_index, accelerator.num_processes)
     feed = Feed(model, batches, scheduler, accelerator.device)
-    stack = BlockStack(model, feed.first_call())
-    modules = len(module_outputs(stack.program.bodies[0], stack.program.known_stream))
-    router = Router(math.ceil(training.sampling_steps / 2), stack.num_blocks, modules).to(accelerator.device)
+    routed = RoutedStack(BlockStack(model, feed.first_call()))
+    router = Router(math.ceil(training.sampling_steps / 2), routed.stack.num_blocks, len(routed.names[0])).to(accelerator.device)
     optimizer = torch.optim.AdamW(router.parameters(), lr=training.lr)
     state, checkpoint = RunState(0, identity(EVERY_SECOND, training, router=True)), out / CHECKPOINT
     if checkpoint.exists():
@@ -121,7 +131,7 @@ def train_router(
             held: list[list[Tensor]] = []
 
             def predict(_: int, call: Mapping[str, Any], held: list[list[Tensor]] = held) -> Tensor:
-                output, values = run_modules(stack, call)
+                output, values = routed.run(call)
                 held[:] = values
                 return output
 
@@ -133,9 +143,9 @@ def train_router(
                 with torch.no_grad():
                     steps = range(p_step - 1, p_step)
                     call = solve(feed.scheduler, clean, noise, steps, make_call, predict, generators, training.guidance)
-                    target = shown(run_modules(stack, call)[0])
+                    target = shown(routed.run(call)[0])
                 gates = wrapped(p_step)
-                error = mean_square(shown(run_modules(stack, call, gates, held)[0]) - target)
+                error = mean_square(shown(routed.run(call, gates, held)[0]) - target)
                 loss = error + (training.cost_weight or 0.0) * gates.sum()
             accelerator.backward(loss)
             optimizer.step()

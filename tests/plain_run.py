@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,23 @@ from torch import Tensor, nn
 from tokencache_compile import CacheConfig, CachePredictor
 
 SAFE_MARGIN = 1e-5  # relative; rounding moves a score by about 1e-6
+
+
+def replaced_run(model: Model, kind: str, steps: int, modules: Sequence[nn.Module], before: Callable[[int, Tensor], None]) -> list[Tensor]:
+    """DDIM on the eager model; ``before`` every step, given its number and sample, may replace the ``modules``' forward."""
+    own, given = [module.forward for module in modules], conditions(kind)
+
+    def call(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
+        before(step, x)
+        with torch.no_grad():
+            output: Tensor = model(x, timestep=timesteps, **given, return_dict=False)[0]
+        return output
+
+    try:
+        return ddim(call, sample(), steps)
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            module.forward = forward
 
 
 def drawn_scores(step: int, cached: int, tokens: int = TOKENS) -> Tensor:

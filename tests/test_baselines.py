@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from plain_run import assert_close
+from plain_run import assert_close, replaced_run
 from tiny import LAYERS, TOKENS, Model, build, call_of, conditions, ddim, sample
-from torch import Tensor, nn
+from torch import Tensor
 
 import tokencache_compile
 from tokencache_compile import CacheConfig, ConfigError, baselines
@@ -21,47 +22,29 @@ Decide = Callable[[int, int, str], bool]  # (step, block, module or "block") -> 
 def held_run(model: Model, kind: str, parts: tuple[str, ...], computed: Decide) -> list[Tensor]:
     """DDIM where each of the ``parts`` of every block ("block" is all of it: its update) gives its last value unless it is computed.
 
-    A held value is the one of the last step that ``full`` said so for all: the methods here only ever refresh on full steps.
+    A held value is the one of the last step on which all of them were computed: the methods here only ever refresh on full steps.
     """
     memory: dict[tuple[int, str], Tensor] = {}
-    originals: list[tuple[nn.Module, Any]] = []
-    now = 0
+    modules = {
+        (number, part): block if part == "block" else getattr(block, part)
+        for number, block in enumerate(model.transformer_blocks)
+        for part in parts
+    }
+    own = {key: module.forward for key, module in modules.items()}
 
-    def full(step: int) -> bool:
-        return all(computed(step, block, part) for block in range(LAYERS) for part in parts)
+    def held_or_computed(step: int, key: tuple[int, str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not computed(step, *key):
+            return x + memory[key] if key[1] == "block" else memory[key]
+        value: Tensor = own[key](x, *args, **kwargs)
+        if all(computed(step, *one) for one in modules):
+            memory[key] = value - x if key[1] == "block" else value
+        return value
 
-    def wrap(module: nn.Module, block: int, part: str) -> None:
-        forward = module.forward
-        originals.append((module, forward))
+    def before(step: int, _: Tensor) -> None:
+        for key, module in modules.items():
+            module.forward = partial(held_or_computed, step, key)
 
-        def replaced(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not computed(now, block, part):
-                held = memory[block, part]
-                return x + held if part == "block" else held
-            value = forward(x, *args, **kwargs)
-            if full(now):
-                memory[block, part] = value - x if part == "block" else value
-            return value
-
-        module.forward = replaced  # type: ignore[method-assign, assignment]
-
-    for number, block in enumerate(model.transformer_blocks):
-        for part in parts:
-            wrap(block if part == "block" else getattr(block, part), number, part)
-    given = conditions(kind)
-
-    def call(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
-        nonlocal now
-        now = step
-        with torch.no_grad():
-            output: Tensor = model(x, timestep=timesteps, **given, return_dict=False)[0]
-        return output
-
-    try:
-        return ddim(call, sample(), STEPS)
-    finally:
-        for module, forward in originals:
-            module.forward = forward
+    return replaced_run(model, kind, STEPS, list(modules.values()), before)
 
 
 def fora_is_full(step: int, interval: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES
 from plain_loop import choose, forecast_update, put, take
-from plain_run import assert_close, drawn_scores, make_predictor
+from plain_run import assert_close, drawn_scores, make_predictor, replaced_run
 from tiny import LAYERS, TOKENS, Model, build, call_of, conditions, ddim, inputs, sample
 from torch import Tensor
 
@@ -50,23 +50,14 @@ def plain_run(model: Model, kind: str, order: int, kept: int, cached: int) -> li
         for name, module in (("attn1", block.attn1), ("attn2", block.attn2), ("ff", block.ff))
         if module is not None
     ]
-    own = [module.forward for _, module, _ in modules]
-    given = conditions(kind)
 
-    def call(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
+    def before(step: int, x: Tensor) -> None:
         scores = drawn_scores(step, cached)
         for number, module, remembered in modules:
             index = choose(scores[number].expand(len(x), -1), kept, "sample") if kept else None
             module.forward = partial(remembered, step, index)
-        with torch.no_grad():
-            output: Tensor = model(x, timestep=timesteps, **given, return_dict=False)[0]
-        return output
 
-    try:
-        return ddim(call, sample(), STEPS)
-    finally:
-        for (_, module, _), forward in zip(modules, own, strict=True):
-            module.forward = forward
+    return replaced_run(model, kind, STEPS, [module for _, module, _ in modules], before)
 
 
 @pytest.mark.parametrize(

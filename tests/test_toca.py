@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_run import assert_close
+from plain_run import assert_close, replaced_run
 from tiny import LAYERS, ROWS, TOKENS, Model, build, call_of, conditions, ddim, sample
 from torch import Tensor
 
@@ -86,24 +86,18 @@ class PublishedBlock:
 def published_run(model: Model, kind: str) -> tuple[list[Tensor], int]:
     """The published loop, and how many of its steps were full."""
     blocks = [PublishedBlock(block, number) for number, block in enumerate(model.transformer_blocks)]
-    given, counted = conditions(kind), 0
+    counted = 0
 
-    def call(step: int, x: Tensor, timesteps: Tensor) -> Tensor:
+    def before(step: int, _: Tensor) -> None:
         nonlocal counted
         i = STEPS - 1 - step
         full = DDIM.is_full(i, STEPS)
         counted += full
         for own in blocks:
             own.block.attn1.forward, own.block.ff.forward = partial(own.attention, i, full), partial(own.feed_forward, i, full)
-        with torch.no_grad():
-            output: Tensor = model(x, timestep=timesteps, **given, return_dict=False)[0]
-        return output
 
-    try:
-        return ddim(call, sample(), STEPS), counted
-    finally:
-        for own in blocks:
-            own.block.attn1.forward, own.block.ff.forward = own.attend, own.feed
+    modules = [module for own in blocks for module in (own.block.attn1, own.block.ff)]
+    return replaced_run(model, kind, STEPS, modules, before), counted
 
 
 def test_the_published_loop() -> None:

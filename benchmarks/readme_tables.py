@@ -229,10 +229,9 @@ def pareto(model: str) -> str:
         won = [f"{speed:g}×" for speed, p in best.items() if p is not None and p.family in (OURS, RANDOM)]
         lost = [f"{p.family} at {speed:g}×" for speed, p in best.items() if p is not None and p.family not in (OURS, RANDOM)]
         parts.append(f"By {metric.title}, this package is best at {', '.join(won) or 'no speed'}" + (f"; better are {', '.join(lost)}." if lost else "."))
-    untimed = sorted({row["family"] for row in result["rows"].values() if row["quality"] and not row["latency"]})
-    if untimed:
-        missing = [name for name, row in result["rows"].items() if row["quality"] and not row["latency"]]
-        parts.append(f"Not timed, and so in none of the tables: {len(missing)} of {len(result['rows'])} settings, of {', '.join(untimed)}; their quality is in {file}.")
+    if untimed := [row["family"] for row in result["rows"].values() if row["quality"] and not row["latency"]]:
+        families = ", ".join(sorted(set(untimed)))
+        parts.append(f"Not timed, and so in none of the tables: {len(untimed)} of {len(result['rows'])} settings, of {families}; their quality is in {file}.")
     parts.append(f"![Quality over speed](benchmarks/results/pareto_{model}/quality-psnr-db.png)")
     if failed := failures(result):
         parts.append("Failed: " + "; ".join(failed) + ".")

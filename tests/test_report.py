@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from tokencache_compile.cli import app
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.evidence import chart
+from tokencache_compile.evidence.chart import LIGHT, Series
 from tokencache_compile.evidence.methods import FEWER, OURS, RANDOM
 from tokencache_compile.evidence.report import write_report
 
@@ -181,3 +183,11 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(json.dumps(empty))
     with pytest.raises(ConfigError, match="no method with figures"):
         write_report(tmp_path)
+
+
+def test_no_two_of_many_series_look_alike() -> None:
+    looks = [(series.colour, series.shape) for series in (Series(str(i), i) for i in range(40))]
+    assert len(set(looks)) == 40 and len({colour for colour, _ in looks[: len(LIGHT)]}) == len(LIGHT)
+    style = Path(chart.__file__).with_name("page.css").read_text()
+    assert all(f"--c{i}: {colour}" in style for i, colour in enumerate(LIGHT)), "page and PNGs have the same colours"
+    assert style.count(f"--c{len(LIGHT) - 1}:") == 2, "light and dark"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, get_args
@@ -23,11 +22,11 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}={value!r} was asked for; {name} is one of {', '.join(map(repr, choices))}.")
 
 
-def _is_fresh(value: object) -> bool:
-    def tuple_of(kind: Callable[[object], bool]) -> Callable[[object], bool]:
-        return lambda given: isinstance(given, tuple) and bool(given) and all(map(kind, given))
-
-    return tuple_of(tuple_of(tuple_of(lambda given: isinstance(given, bool))))(value)
+def _is_fresh(value: object, depth: int = 3) -> bool:
+    """Whether ``value`` is tuples within tuples, ``depth`` of them and none empty, of truth values."""
+    if depth == 0:
+        return isinstance(value, bool)
+    return isinstance(value, tuple) and bool(value) and all(_is_fresh(item, depth - 1) for item in value)
 
 
 @dataclass(frozen=True)

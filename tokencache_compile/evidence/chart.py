@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# By series, light and dark; the shapes differ too, so that colour is never all that tells two series apart.
+# By series, on white (page.css has them for dark too); the shapes differ too, so that colour is never all that tells two series apart.
 LIGHT = (
     "#1f5fbf", "#c9382f", "#1d7f4f", "#a66f00", "#7443b8", "#0b7c8c", "#b83b8a", "#5d6675", "#855021",
     "#5c7a00", "#00559a", "#d0590f", "#4b3b8f",
-)  # fmt: skip
-DARK = (
-    "#74abff", "#ff8178", "#62d096", "#e8b548", "#bd98fa", "#4fcbdb", "#f48ccb", "#aeb6c4", "#d6a06c",
-    "#b9d34f", "#6fc3ff", "#ff9d5c", "#a79bf0",
 )  # fmt: skip
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "d", "p", "h", "8")  # matplotlib's names
 _PATHS = {  # the same in SVG, about the origin
@@ -44,7 +40,7 @@ class Series:
     """One colour and shape.
 
     Attributes:
-        index: which colour and shape.
+        index: which colour and shape; where the colours begin anew, each goes with another shape.
         marks: x, y and a title that shows under the pointer.
         line: x and y of a line, in order.
         band: x, lower and upper end of a band behind it.
@@ -55,6 +51,14 @@ class Series:
     marks: tuple[tuple[float, float, str], ...] = ()
     line: tuple[tuple[float, float], ...] = ()
     band: tuple[tuple[float, float, float], ...] = ()
+
+    @property
+    def colour(self) -> int:
+        return self.index % len(LIGHT)
+
+    @property
+    def shape(self) -> str:
+        return _SHAPES[(self.index + self.index // len(LIGHT)) % len(_SHAPES)]
 
 
 @dataclass(frozen=True)
@@ -145,14 +149,14 @@ def svg(chart: Chart) -> str:
     for series in chart.series:
         if series.band:
             outline = [(x, low) for x, low, _ in series.band] + [(x, high) for x, _, high in reversed(series.band)]
-            parts.append(f'<path class="band c{series.index}" d="{path(outline)}Z"/>')
+            parts.append(f'<path class="band c{series.colour}" d="{path(outline)}Z"/>')
     for series in chart.series:
         if series.line:
-            parts.append(f'<path class="line c{series.index}" d="{path(series.line)}"><title>{escape(series.name)}</title></path>')
+            parts.append(f'<path class="line c{series.colour}" d="{path(series.line)}"><title>{escape(series.name)}</title></path>')
     for series in chart.series:
-        shape = _PATHS[_SHAPES[series.index]]
+        shape = _PATHS[series.shape]
         parts += [
-            f'<path class="mark c{series.index}" transform="translate({at(x, y)})" d="{shape}"><title>{escape(title)}</title></path>'
+            f'<path class="mark c{series.colour}" transform="translate({at(x, y)})" d="{shape}"><title>{escape(title)}</title></path>'
             for x, y, title in series.marks
         ]
     return "".join([*parts, "</g></svg>"])
@@ -167,7 +171,7 @@ def legend(chart: Chart) -> str:
     """The names of the series, in HTML."""
     entries = []
     for series in chart.series:
-        key = f'<path class="mark c{series.index}" d="{_PATHS[_SHAPES[series.index]]}"/>'
+        key = f'<path class="mark c{series.colour}" d="{_PATHS[series.shape]}"/>'
         entries.append(f'<span><svg class="key" viewBox="-7 -7 14 14">{key}</svg>{escape(series.name)}</span>')
     if chart.front:
         entries.append('<span><svg class="key" viewBox="0 -7 14 14"><path class="front" d="M0,0H14"/></svg>Pareto front</span>')
@@ -183,7 +187,7 @@ def figure(chart: Chart) -> Figure:
     if chart.front:
         axes.plot(*zip(*chart.front, strict=True), color="#9aa3b0", linewidth=7, alpha=0.35, solid_capstyle="round", label="Pareto front")
     for series in chart.series:
-        colour, shape = LIGHT[series.index], _SHAPES[series.index]
+        colour, shape = LIGHT[series.colour], series.shape
         if series.band:
             axes.fill_between(*zip(*series.band, strict=True), color=colour, alpha=0.12, linewidth=0)
         if series.line:

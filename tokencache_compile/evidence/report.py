@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencache_compile.errors import ConfigError
-from tokencache_compile.evidence.chart import DARK, Chart, Series, figure, legend, svg
+from tokencache_compile.evidence.chart import Chart, Series, figure, legend, svg
 from tokencache_compile.evidence.compare import METRICS, Metric, Point, best_at, failures, front, margin, points, warnings
 from tokencache_compile.evidence.methods import OURS, SPEED_UPS
 from tokencache_compile.evidence.runs import FILE
@@ -44,9 +44,9 @@ def write_report(folder: Path) -> list[Path]:
 
 
 def families(found: Iterable[Point]) -> dict[str, int]:
-    """Each family with its colour: this package's first, the others in the order of the methods."""
+    """Each family with its number, which says its colour and shape: this package's first, the others in the order of the methods."""
     names = sorted(dict.fromkeys(p.family for p in found), key=lambda name: name != OURS)
-    return {name: index % len(DARK) for index, name in enumerate(names)}
+    return {name: index for index, name in enumerate(names)}
 
 
 def charts(result: dict[str, Any], found: Sequence[Point]) -> list[Chart]:

@@ -4,7 +4,8 @@
     python benchmarks/step_latency.py --out benchmarks/results/step_latency_cuda.json --device cuda
 
 CPU: batch 2, float32. CUDA: batch 16, bfloat16, CUDA events. Random weights. The eager model, the I-step and the P-steps run in
-turn in every round; the figures are medians over the rounds. ``time_over_macs`` is (P/I seconds) / (P/I MACs).
+turn in every round; the figures are medians over the rounds. A P-step's seconds hold its share of what is made ahead for all P-steps of a
+50-step run (``ahead_seconds``). ``time_over_macs`` is (P/I seconds) / (P/I MACs).
 """
 
 from __future__ import annotations
@@ -93,10 +94,11 @@ def main(
             result["transform"][name + suffix] = dict(seconds=time.perf_counter() - start, rss_growth_bytes=growth)
     for backend in backends.split(","):
         compile_start = time.perf_counter()
-        steps = {name: Steps(program, backend, list(call.values())) for name, program in programs.items()}
+        steps = {name: Steps(program, backend, call) for name, program in programs.items()}
         runs: dict[str, Callable[[], Any]] = {"model": lambda: model(**call, return_dict=False)}
         runs["I"] = steps["default"].full
         runs |= {f"P, {name}": step.cached for name, step in steps.items()}
+        runs |= {f"ahead, {name}": step.ahead for name, step in steps.items()}
         for run in runs.values():
             with torch.no_grad():
                 run()
@@ -111,9 +113,11 @@ def main(
         rows = {"model": dict(seconds=medians["model"]), "I": dict(seconds=medians["I"], gmacs=macs_full / 1e9)}
         for name, program in programs.items():
             macs = program.macs_cached[0]
-            time_ratio = statistics.median(p / i for p, i in zip(times[f"P, {name}"], times["I"], strict=True))
+            share = medians[f"ahead, {name}"] / steps[name].num_ahead
+            time_ratio = statistics.median((p + share) / i for p, i in zip(times[f"P, {name}"], times["I"], strict=True))
             rows[f"P, {name}"] = dict(
-                seconds=medians[f"P, {name}"], gmacs=macs / 1e9, macs_ratio=macs / macs_full, time_ratio=time_ratio,
+                seconds=medians[f"P, {name}"] + share, ahead_seconds=medians[f"ahead, {name}"], ahead_steps=steps[name].num_ahead,
+                gmacs=macs / 1e9, macs_ratio=macs / macs_full, time_ratio=time_ratio,
                 time_over_macs=time_ratio / (macs / macs_full),
             )  # fmt: skip
         result["backends"][backend] = dict(warm_up_seconds=warm_up, rows=rows)

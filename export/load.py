@@ -108,7 +108,7 @@ def load(
     for step in manifest.steps:
         scores = sessions[step.scores.name] if step.scores is not None else None
         engines.append(SessionEngine(step.graph.io, sessions[step.graph.name], scores))
-    compiled = Compiled(manifest.table, engines[0], tuple(engines[1:]), manifest.output.rebuild)
+    compiled = Compiled(manifest.table, engines[0], tuple(engines[1:]), (None,) * len(engines[1:]), manifest.output.rebuild)
     watch = SchedulerWatch()
     if scheduler is not None:
         watch.attach(scheduler)

@@ -57,7 +57,7 @@ def _argument_specs(steps: StepPrograms, step: StepProgram) -> dict[str, TensorS
 def _engine_graph(steps: StepPrograms, step: StepProgram, output_names: Sequence[str], selection: SelectionPlace) -> EngineGraph:
     specs = _argument_specs(steps, step)
     arguments, device = tuple(specs), steps.program.known_stream.device
-    flat = inline_regions(step.module)
+    flat, _ = inline_regions(step.module)
     scores = None
     selects: tuple[tuple[int, int], ...] = ()
     if selection == "host" and any(step.keep):

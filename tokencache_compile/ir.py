@@ -319,6 +319,21 @@ class StepProgram:
 
 
 @dataclass(frozen=True)
+class HoistedStep:
+    """A P-step cut in two (``passes/hoist.py``).
+
+    Attributes:
+        ahead: ``(*inputs) -> values`` of the timestep and the condition alone; its placeholders are named like the model's inputs.
+        timestep: the name of the timestep's input.
+        step: what is left; takes the values as its last extras.
+    """
+
+    ahead: GraphModule
+    timestep: str
+    step: StepProgram
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A named input or output of a graph that leaves torch; its shape and dtype are fixed."""
 

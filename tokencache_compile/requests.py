@@ -18,12 +18,14 @@ from __future__ import annotations
 import functools
 import threading
 import types
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokencache_compile.ahead import Ahead
 
 
 class SchedulerWatch:
@@ -31,9 +33,11 @@ class SchedulerWatch:
 
     def __init__(self) -> None:
         self._local = threading.local()
+        self.is_attached = False
 
     def attach(self, scheduler: Any) -> None:
         """Watch ``scheduler``. A copy of it stays watched, other watches go on; its class and settings are untouched."""
+        self.is_attached = True
         original = scheduler.set_timesteps.__func__
 
         @functools.wraps(original)
@@ -67,13 +71,19 @@ class SchedulerWatch:
         found: int | None = getattr(self._local, "positions", {}).get(timestep)
         return found
 
+    @property
+    def timesteps(self) -> Sequence[float]:
+        """This thread's schedule; nothing where it repeats timesteps."""
+        return tuple(getattr(self._local, "positions", {}))
+
 
 @dataclass
 class BranchState:
-    """The caches of one guidance branch, and the ``steps`` that wrote them."""
+    """The caches of one guidance branch, the ``steps`` that wrote them, and by keep profile the values made ahead for its P-steps."""
 
     steps: object
     caches: list[Tensor]
+    ahead: dict[int, Ahead] = field(default_factory=dict)
 
 
 @dataclass
@@ -152,6 +162,8 @@ class RequestTracker:
     def _new(
         self, signature: Hashable, marker: object | None, timestep: float, sample: Tensor, position: int | None, context: str | None
     ) -> tuple[Request, str]:
+        if position is not None and timestep * 1000 == self.watch.timesteps[0]:
+            position = None  # a flow model's first timestep, in thousandths of the schedule's: it may be the schedule's last one too
         request = Request(marker, timestep, sample.clone(), position or 0, position)
         self._local.request = request
         return request, self._enter(request, self._branch(request, context), signature)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from tokencache_compile.ahead import hoisted_engines
 from tokencache_compile.call_format import CallFormat, values_digest
 from tokencache_compile.engine import make_engines
 from tokencache_compile.errors import ConfigError, InputError
@@ -125,7 +126,9 @@ class Dispatcher(StepDispatcher):
         rebuild = partial(pytree.tree_unflatten, treespec=steps.output_spec)
         call_format = CallFormat.of(self._signature, call, steps.program.input_names, steps.read_inputs)
         autocast = torch.is_autocast_enabled(steps.program.known_stream.device.type)
-        return Captured(steps, full, tuple(cached), rebuild, call_format, autocast)
+        none = (None,) * len(cached)  # where no scheduler tells the timesteps to come
+        hoisted = hoisted_engines(self.backend, steps, call) if self._tracker.watch.is_attached else none
+        return Captured(steps, full, tuple(cached), hoisted, rebuild, call_format, autocast)
 
     def captured(self, example_inputs: Mapping[str, Any] | None = None) -> Captured:
         """What is compiled for the signature of ``example_inputs``, captured now if it was not; None: the last signature.

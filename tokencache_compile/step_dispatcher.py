@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tokencache_compile.ahead import Ahead, HoistedEngine
 from tokencache_compile.calls import TIMESTEP_NAMES, bind_call
 from tokencache_compile.engine import Engine
 from tokencache_compile.errors import ConfigError, InputError
@@ -108,11 +109,17 @@ class Summary:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The steps of one input signature with their engines; ``rebuild`` makes the model's return value from its output tensors."""
+    """The steps of one input signature with their engines.
+
+    Attributes:
+        cached, hoisted: a P-step for each keep profile, and where it can be had the one whose conditioning is made ahead of it.
+        rebuild: makes the model's return value from its output tensors.
+    """
 
     steps: StepTable
     full: Engine
     cached: tuple[Engine, ...]
+    hoisted: tuple[HoistedEngine | None, ...]
     rebuild: Callable[[list[Tensor]], Any]
 
 
@@ -278,14 +285,32 @@ class StepDispatcher(nn.Module, ABC):
             state = request.branches[branch] = BranchState(steps, steps.initial_caches(device))
         full = first or not compiled.cached or plan.config.schedule.is_full(request.step)
         group = plan.profile_of(request.step)
-        engine = compiled.full if full else compiled.cached[group]
+        engine, extras = compiled.full if full else compiled.cached[group], steps.step_inputs(request.step, device)
         with GATE.step():
-            outputs, state.caches = engine(tensors, steps.step_inputs(request.step, device), state.caches)
+            if not full and (found := self._ahead(compiled, request, state, group, timestep, tensors)) is not None:
+                engine, extras = found[0], [*extras, *found[1]]
+            outputs, state.caches = engine(tensors, extras, state.caches)
         kept = () if full else plan.profiles[group]
         self._count(compiled, request, full, kept, steps.macs_full if full else steps.macs_cached[group])
         if self.step_callback is not None:
             self.step_callback(StepReport("I" if full else "P", request.step, timestep, branch, kept))
         return outputs
+
+    def _ahead(
+        self, compiled: Compiled, request: Request, state: BranchState, group: int, timestep: float, tensors: list[Tensor]
+    ) -> tuple[Engine, list[Tensor]] | None:
+        """The P-step whose conditioning is made ahead, with its values; None where the steps to come are not known."""
+        hoisted, plan = compiled.hoisted[group], compiled.steps.plan
+        schedule = hoisted.schedule(tensors, self._tracker.watch.timesteps, request.step, timestep) if hoisted is not None else None
+        if hoisted is None or schedule is None:
+            return None
+        to_come = [
+            schedule[step]
+            for step in range(request.step, len(schedule))
+            if not plan.config.schedule.is_full(step) and plan.profile_of(step) == group
+        ]
+        values = hoisted.values(state.ahead.setdefault(group, Ahead()), tensors, timestep, to_come)
+        return None if values is None else (hoisted.engine, values)
 
     # -- what happened --------------------------------------------------------------------------------------------
 
@@ -313,10 +338,16 @@ class StepDispatcher(nn.Module, ABC):
         compiled = self._lookup(signature, call, begins=True)
         _, tensors = self._signature_of(call)
         device = _sample(call[self._sample_name]).device
-        for engine in (compiled.full, *compiled.cached):
-            extras = compiled.steps.step_inputs(0, device)
-            with GATE.step():
-                engine(tensors, extras, compiled.steps.initial_caches(device))
+        timestep = float(call[self._timestep_name].flatten()[0])
+        extras, caches = compiled.steps.step_inputs(0, device), compiled.steps.initial_caches(device)
+        with GATE.step():
+            compiled.full(tensors, extras, caches)
+            for engine, hoisted in zip(compiled.cached, compiled.hoisted, strict=True):
+                values = hoisted.values(Ahead(), tensors, timestep, [timestep]) if hoisted is not None else None
+                if hoisted is not None and values is not None:
+                    hoisted.engine(tensors, [*extras, *values], caches)
+                else:
+                    engine(tensors, extras, caches)
 
     def _accept(self, kwargs: Mapping[str, Any]) -> tuple[Hashable, dict[str, Any]]:
         """The signature and the bound arguments of a call that is not part of a run, checked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import platform
 import statistics
@@ -15,12 +16,16 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from tokencache_compile.ahead import Ahead, hoisted_engines
+from tokencache_compile.calls import TIMESTEP_NAMES, bind_call
 from tokencache_compile.engine import check_backend, make_engines
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.ir import LowRankUpdate
 from tokencache_compile.passes.pipeline import StepPrograms, build_steps
 from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
+
+RUN = 50  # steps
 
 
 def installed_backends(device: torch.device) -> list[str]:
@@ -48,17 +53,35 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 class Steps:
-    """The I-step and the first P-step of ``programs`` in one backend, as calls on fixed inputs after one I-step."""
+    """The I-step and the first P-step of ``programs`` in one backend, as calls on fixed inputs after one I-step.
 
-    def __init__(self, programs: StepPrograms, backend: str, inputs: Sequence[Tensor]) -> None:
-        device = inputs[0].device
+    The P-step is the one that a run of a known scheduler has: its conditioning is made ahead where that can be.
+
+    Args:
+        call: the arguments of one call by name, in the order of the model's forward.
+    """
+
+    def __init__(self, programs: StepPrograms, backend: str, call: Mapping[str, Any]) -> None:
+        self._inputs = [leaf.contiguous() for leaf in pytree.tree_leaves(dict(call)) if isinstance(leaf, Tensor)]
+        device = self._inputs[0].device
+        schedule = programs.plan.config.schedule
+        self.num_ahead = sum(not schedule.is_full(step) for step in range(RUN))
+        self._timestep = next(float(call[name].flatten()[0]) for name in TIMESTEP_NAMES if name in call)
         self._full, self._cached, *_ = make_engines(backend, programs)
-        _, self._caches = self._full(inputs, programs.step_inputs(0, device), programs.initial_caches(device))
-        self._inputs, self._extras = inputs, programs.step_inputs(1, device)
+        _, self._caches = self._full(self._inputs, programs.step_inputs(0, device), programs.initial_caches(device))
+        self._extras, self._full_extras = programs.step_inputs(1, device), programs.step_inputs(1, device)
+        self._hoisted = hoisted_engines(backend, programs, call)[0]
+        if self._hoisted is not None and (values := self.ahead()) is not None:
+            self._cached, self._extras = self._hoisted.engine, [*self._extras, *values]
+
+    def ahead(self) -> list[Tensor] | None:
+        """Make the conditioning of ``num_ahead`` P-steps, those of a run of :data:`RUN` steps; None where it stays in the P-step."""
+        to_come = [self._timestep - i for i in range(self.num_ahead)]
+        return None if self._hoisted is None else self._hoisted.values(Ahead(), self._inputs, self._timestep, to_come)
 
     def full(self) -> None:
         """One I-step."""
-        self._full(self._inputs, self._extras, self._caches)
+        self._full(self._inputs, self._full_extras, self._caches)
 
     def cached(self) -> None:
         """One P-step."""
@@ -91,7 +114,8 @@ def step_times(
         ConfigError: the plan caches nothing, or there is no such backend.
         ExportError: a backend's package is missing, or it refuses the graphs.
     """
-    inputs = [leaf.contiguous() for leaf in pytree.tree_leaves(dict(example_inputs)) if isinstance(leaf, Tensor)]
+    call = bind_call(type(model).__name__, inspect.signature(model.forward), (), example_inputs)
+    inputs = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     device = inputs[0].device
     programs = build_steps(model, example_inputs, config, predictor, lora)
     if not programs.cached:
@@ -103,10 +127,12 @@ def step_times(
     with torch.no_grad():
         for backend in backends or installed_backends(device):
             start = time.perf_counter()
-            steps = Steps(programs, backend, inputs)
+            steps = Steps(programs, backend, call)
             steps.cached()
             prepared[backend] = time.perf_counter() - start
             runs |= {(backend, "I"): steps.full, (backend, "P"): steps.cached}
+            if steps.ahead() is not None:
+                runs[backend, "ahead"] = steps.ahead
         times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
         for _ in track(range(rounds), "rounds"):
             for key, run in runs.items():

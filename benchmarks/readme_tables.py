@@ -243,6 +243,7 @@ def section() -> str:
     judged, grid, steps = (read(f"benchmarks/results/{n}.json") for n in ("judge_reference", "choose_defaults", "step_latency_cpu"))
     shown = read("docs/demo.json")
     transform = steps["transform"]["default"]
+    ahead = steps["backends"]["inductor"]["rows"]["P, default"]
     tuned, clock = (read(f"benchmarks/results/{name}.json") for name in ("tune_reference", "tune_reference_clock"))
     learned, equal = read(TABLES)["settings"], read(EQUAL_COST)
     return f"""**The demo** (reference DiT, 50 guided DDIM steps, ratio 0.9, the shipped predictor and plan, compiled, {shown["machine"]["threads"]} CPU threads, torch \
@@ -293,7 +294,7 @@ Nothing recomputed (ratio 1) and denser I-steps buy more nearly everywhere, see 
 
 **Does the clock follow the MACs?** DiT-XL/2 at 256², batch {steps["batch"]}, {steps["dtype"].removeprefix("torch.")}, random weights, ratio 0.9, K = 4, {steps["threads"]} CPU threads, medians of \
 {steps["rounds"]} rounds in turn. Transforming took {transform["seconds"]:.0f} s and {max(transform["rss_growth_bytes"], 0) / 2**20:.0f} MiB beside weights of \
-{steps["weight_bytes"] / 2**30:.1f} GiB.
+{steps["weight_bytes"] / 2**30:.1f} GiB. A P-step's seconds include its share of what is made ahead (the modulation of all {ahead["ahead_steps"]} P-steps of a 50-step run, in {ahead["ahead_seconds"]:.2f} s); its MACs are those of the whole step.
 
 {latency()}
 

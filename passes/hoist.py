@@ -1,17 +1,19 @@
 """Hoist: what a P-step computes from its timestep and condition alone is cut off, so that one run of it serves many steps.
 
-    step     (x, t, y, …) → …         modulation_l = linear(silu(embed(t, y)), W_l) in every block l
-    ahead    (t, y) → modulation_1 … modulation_L
-    step     (x, …, modulation_1 … modulation_L, …) → …
+    step     (x, t, y, …) → …         modulation_l = linear(silu(embed(t, y)), W_l), or the text's keys = linear(y, K_l), in every block l
+    ahead    (t, y) → modulation_1, keys_1 …
+    step     (x, …, modulation_1, keys_1 …, …) → …
 
-A P-step computes few tokens, and to read those weights for one row a sample takes a tenth of its time (DiT-XL/2, float32 on a CPU). A
-sampler's timesteps are known from its first step on, so ``ahead`` runs for many of them at once and reads each weight once.
+A P-step computes few tokens. To read the modulation's weights for one row a sample takes a tenth of its time (DiT-XL/2, float32 on a
+CPU), and a text may have more rows than the tokens that are kept. A sampler's timesteps are known from its first step on, so ``ahead`` runs
+for many of them at once: each weight is read once for all, and what the condition alone gives is computed once.
 
 I-steps keep what they compute: many rows at once round otherwise than one, and an I-step is the model's own result bit for bit.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import IntEnum
@@ -31,19 +33,20 @@ _LINEAR = torch.ops.aten.linear.default
 
 
 class _Depends(IntEnum):
-    """What a value depends on: weights and condition, the timestep too, or the sample or the caches too."""
+    """What a value depends on: weights, the condition too, the timestep too, or the sample or the caches too."""
 
-    FIXED = 0
-    TIMED = 1
-    VARIES = 2
+    CONSTANT = 0
+    FIXED = 1
+    TIMED = 2
+    VARIES = 3
 
 
 def _is_impure(node: Node) -> bool:
     return node.is_impure(impure_random=False)
 
 
-def _timed_linears(graph: Graph, inputs: Mapping[str, _Depends]) -> list[Node]:
-    """The linears of nothing but the timestep and the condition."""
+def _early_linears(graph: Graph, inputs: Mapping[str, _Depends]) -> dict[Node, _Depends]:
+    """The linears of nothing but the condition, or it and the timestep."""
     known: dict[Node, _Depends] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -51,8 +54,9 @@ def _timed_linears(graph: Graph, inputs: Mapping[str, _Depends]) -> list[Node]:
         elif isinstance(node.target, HigherOrderOperator) or node.is_impure():
             known[node] = _Depends.VARIES
         else:
-            known[node] = max((known[n] for n in node.all_input_nodes), default=_Depends.FIXED)
-    return [node for node in graph.find_nodes(op="call_function", target=_LINEAR) if known[node] is _Depends.TIMED]
+            known[node] = max((known[n] for n in node.all_input_nodes), default=_Depends.CONSTANT)
+    linears = graph.find_nodes(op="call_function", target=_LINEAR)
+    return {node: known[node] for node in linears if known[node] in (_Depends.FIXED, _Depends.TIMED)}
 
 
 def _region(step: StepProgram, name: str) -> GraphModule:
@@ -156,16 +160,20 @@ def hoist(step: StepProgram, inputs: Mapping[str, Tensor], sample_inputs: Collec
         inputs: the model's tensors of an example call, by name; only shapes and dtypes are read.
         sample_inputs: those of them that the sampler changes.
         timestep: the one that is the timestep.
-        batch: samples; a linear of more rows than that is left in the step, as its values would take more than its weights.
+        batch: samples. Values for each timestep have one row a sample, values for all have no more rows than columns; what would
+            have more, and so take much of the memory that the weights take, is left in the step.
     """
     depends = {name: _Depends.VARIES if name in sample_inputs else _Depends.FIXED for name in inputs}
     depends[timestep] = _Depends.TIMED
     flat, copies = inline_regions(step.module)
-    timed = _timed_linears(flat.graph, depends)
-    shapes = _shapes(_cut(flat, timed), inputs, timestep) if timed else None
+    early = _early_linears(flat.graph, depends)
+    shapes = _shapes(_cut(flat, list(early)), inputs, timestep) if early else None
     if shapes is None:
         return None
-    small = {node for node, shape in zip(timed, shapes, strict=True) if shape.numel() <= batch * shape[-1]}
+    small: set[Node] = set()
+    for (node, when), (*rows, width) in zip(early.items(), shapes, strict=True):
+        most = batch if when is _Depends.TIMED else width
+        small |= {node} if math.prod(rows) <= most else set()
     calls = [node for node in step.module.graph.nodes if node.op == "call_module"]
     linears: dict[str, list[Node]] = {}
     for name in dict.fromkeys(str(call.target) for call in calls):
@@ -175,6 +183,6 @@ def hoist(step: StepProgram, inputs: Mapping[str, Tensor], sample_inputs: Collec
     module, places = _rest(step, linears, around)
     if not places:
         return None
-    note = f"hoist: {len(places)} linears of {timestep} and condition are run ahead"
+    note = f"hoist: {len(places)} linears of timestep and condition are run ahead"
     ahead = _cut(flat, [copies[place] for place in places])
     return HoistedStep(ahead, timestep, replace(step, module=module, provenance=(*step.provenance, note)))

@@ -76,6 +76,31 @@ def test_every_linear_of_the_timestep_leaves_the_step() -> None:
     assert "hoist: 5 linears" in cut.step.describe()
 
 
+@pytest.mark.parametrize(("rows", "leaves"), [(4, True), (5, False)])
+def test_keys_and_values_of_a_short_text_leave_the_step(rows: int, leaves: bool) -> None:
+    """PixArt: a text of 7 tokens a sample, width 32. Of 5 samples it has more rows than columns, and what is made of it stays."""
+    dispatcher, scheduler = watched(build("pixart"))
+    scheduler.set_timesteps(STEPS)
+    ddim(call_of(dispatcher, conditions("pixart", rows)), sample(rows), STEPS, scheduler)
+    cut = hoisted_of(dispatcher)._hoisted
+    left = {name for name, _ in cut.step.module.named_parameters()}
+    assert not [name for name in left if name.startswith("adaln_single")]
+    of_text = [name for name in left if "attn2.to_k" in name or "attn2.to_v" in name or "caption_projection" in name]
+    assert bool(of_text) != leaves
+    names = {str(node.target) for node in cut.ahead.graph.find_nodes(op="placeholder")}
+    assert names == ({"timestep", "encoder_hidden_states"} if leaves else {"timestep"})
+    if leaves:
+        made = hoisted_of(dispatcher).values(module.Ahead(), dispatcher_inputs(dispatcher, rows), 500.0, [500.0, 400.0])
+        assert made is not None and sum(value.shape == (rows, 7, 32) for value in made) == 2 * 4
+
+
+def dispatcher_inputs(dispatcher: Model, rows: int) -> list[Tensor]:
+    """The tensors of one call, in the order of the graphs' inputs."""
+    _, call = dispatcher._accept(inputs("pixart", rows))
+    tensors: list[Tensor] = dispatcher._signature_of(call)[1]
+    return tensors
+
+
 @pytest.mark.parametrize("kind", ["dit", "pixart", "pixart_masked", "pixart_added"])
 @pytest.mark.parametrize(
     "changes",

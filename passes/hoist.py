@@ -102,6 +102,8 @@ def run_ahead(module: GraphModule, inputs: Mapping[str, Tensor], timestep: str, 
     """The values [S, …] of an ``ahead`` graph for ``timesteps`` [S, …]; the other ``inputs`` are the same for all."""
     names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     given = [timesteps if name == timestep else inputs[name] for name in names]
+    if timestep not in names:
+        return tuple(value.expand(len(timesteps), *value.shape) for value in module(*given))
     values: tuple[Tensor, ...] = torch.vmap(module, tuple(0 if name == timestep else None for name in names))(*given)
     return values
 

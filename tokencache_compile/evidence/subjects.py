@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ def drawn_from(noise: Tensor, conditions: Conditions, device: str) -> Callable[[
         return noise[rows].to(device), Conditions(given, null, conditions.guidance)
 
     return draw
+
+
+def noise_of(seed: int, start: int, count: int, shape: Sequence[int]) -> Tensor:
+    """Noise [count, *shape] of the samples from number ``start`` on, each from a generator of its own."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed((seed << 32) + start + i)) for i in range(count)])
 
 
 def reference_subject(samples: int, steps: int, guidance: float, seed: int, device: str = "cpu", **more: Any) -> Subject:

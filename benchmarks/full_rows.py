@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from paper_figures import COLUMNS, TABLES, Printed
 from router_counts import published_router
 from safetensors import SafetensorError
@@ -15,7 +17,7 @@ from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.baselines import fora, learning_to_cache, toca
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.evidence.methods import FEWER, PAPER, Method, cached
-from tokencache_compile.plan import CacheConfig
+from tokencache_compile.plan import CacheConfig, Scorer
 
 CACHING = ("FORA", "Learning-to-Cache", "ToCa", "Ours")
 ROUTER = "router.logits"  # in the checkpoint of learn.router.train_router
@@ -39,11 +41,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Learned:
-    """What was trained for a model: an artefact's predictor, and Learning-to-Cache's routers [step pairs, blocks, 2] by sampling steps."""
+    """What was trained for a model: an artefact's predictor, and Learning-to-Cache's routers [step pairs, blocks, 2] by sampling steps.
+
+    Rows are kept by their names, so these tell one predictor or router from another.
+    """
 
     artefact: CacheArtefact | None = None
     routers: tuple[tuple[int, Tensor], ...] = ()
     threshold: float = 0.1
+
+    @property
+    def scorer(self) -> tuple[Scorer, str]:
+        """What chooses the tokens, and its name in a row."""
+        if self.artefact is None or self.artefact.predictor is None:
+            return "random", "random tokens"
+        return "predictor", f"predictor {digest(*self.artefact.predictor.state_dict().values())}"
+
+
+def digest(*tensors: Tensor) -> str:
+    """Tells weights from others."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:8]
 
 
 def groups(model: str) -> list[list[Printed]]:
@@ -81,8 +101,8 @@ def read_router(path: Path) -> tuple[int, Tensor]:
 def rows_of(group: list[Printed], blocks: int, tokens: int, learned: Learned, backend: str) -> list[Row]:
     """The group's rows, and our defaults at the steps of its uncached run."""
     rows = [_row(printed, blocks, tokens, learned) for printed in group]
-    scorer = "random" if learned.artefact is None else "predictor"
-    defaults = cached(f"ours, defaults, {scorer}", CacheConfig(scorer=scorer, selection="pair"), learned.artefact)
+    scorer, name = learned.scorer
+    defaults = cached(f"ours, defaults, {name}", CacheConfig(scorer=scorer, selection="pair"), learned.artefact)
     rows.append(Row(defaults.name, group[0].steps, None, defaults))
     return [row if row.method is None else replace(row, method=replace(row.method, backends=(backend,))) for row in rows]
 
@@ -103,11 +123,10 @@ def _row(printed: Printed, blocks: int, tokens: int, learned: Learned) -> Row:
         if router is None:
             return Row(printed.method, steps, printed, why=f"no router for {steps} steps was given (--router).")
         config = learning_to_cache(router, learned.threshold)
-        method = cached(f"Learning-to-Cache, threshold {learned.threshold:g}", config, family="Learning-to-Cache")
+        name = f"Learning-to-Cache, router {digest(router)}, threshold {learned.threshold:g}"
+        method = cached(name, config, family="Learning-to-Cache")
     else:
-        config = replace(CacheConfig.paper(printed.ratio, steps, printed.full_steps), last_k=printed.last_k)
-        if learned.artefact is None:
-            config = replace(config, scorer="random")
-        name = f"the paper's settings, {config.scorer}, {printed.full_steps} I-steps"
-        method = cached(name, config, learned.artefact, PAPER)
+        scorer, name = learned.scorer
+        config = replace(CacheConfig.paper(printed.ratio, steps, printed.full_steps), last_k=printed.last_k, scorer=scorer)
+        method = cached(f"the paper's settings, {name}, {printed.full_steps} I-steps", config, learned.artefact, PAPER)
     return Row(method.name, steps, printed, method)

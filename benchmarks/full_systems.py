@@ -115,7 +115,7 @@ def text_score(judge: TextJudge, shards: Shards, prompts: Sequence[str]) -> floa
 def dit(size: int, weights: str | None, reference: Path, inception: Path, count: int, place: Place) -> System:
     """DiT-XL/2 at ``size``², guidance 1.5, sample i of class i mod 1000, against ADM's ``reference`` batch."""
     weights = weights or f"facebook/DiT-XL-2-{size}"
-    pipe = loaded(DiTPipeline, weights, torch_dtype=place.dtype).to(place.device)
+    pipe = loaded(DiTPipeline, weights, dtype=place.dtype).to(place.device)
     net, guidance = pipe.transformer.eval(), 1.5
     shape = (net.config.in_channels, net.config.sample_size, net.config.sample_size)
 
@@ -180,7 +180,7 @@ def pixart(size: int, weights: str | None, data: TextData, count: int | None, pl
     """PixArt-α at 256² (COCO, PartiPrompts) or 1024² (PartiPrompts), guidance 4.5, an image for each prompt or for the first ``count``."""
     prompts = parti_prompts(data.parti)[:count]
     weights = weights or f"PixArt-alpha/PixArt-XL-2-{'1024-MS' if size == 1024 else '256x256'}"
-    pipe = loaded(PixArtAlphaPipeline, weights, torch_dtype=place.dtype).to(place.device)
+    pipe = loaded(PixArtAlphaPipeline, weights, dtype=place.dtype).to(place.device)
     net = pipe.transformer.eval()
     clip = partial(ClipScore, data.clip, place.device)
     name, make = f"PixArt-α {size}²", partial(_pixart_subject, pipe, weights, net, size, place)
@@ -299,9 +299,9 @@ def video(weights: Path, text_encoder: str, information: Path, out: Path, count:
 
     prompts = vbench_prompts(information)
     decode = _video_decoder(weights / "vae", place)
-    net = loaded(OpenSoraT2V_v1_3, str(weights), subfolder="any93x640x640", torch_dtype=place.dtype).to(place.device).eval()
+    net = loaded(OpenSoraT2V_v1_3, str(weights), subfolder="any93x640x640", dtype=place.dtype).to(place.device).eval()
     tokenizer = loaded(AutoTokenizer, text_encoder)
-    encoder = loaded(MT5EncoderModel, text_encoder, torch_dtype=place.dtype).to(place.device).eval()
+    encoder = loaded(MT5EncoderModel, text_encoder, dtype=place.dtype).to(place.device).eval()
     grid = latent_grid(OPEN_SORA_FRAMES, OPEN_SORA_SIZE)
 
     @torch.no_grad()

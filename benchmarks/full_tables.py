@@ -35,7 +35,7 @@ from tokencache_compile.evidence.methods import Method
 from tokencache_compile.evidence.quality import draw_samples
 from tokencache_compile.evidence.runs import BenchSettings, Results, file_name, latency_phase
 from tokencache_compile.evidence.shards import Shards, draw_shards, psnr_of_parts
-from tokencache_compile.whole_directory import sha256
+from tokencache_compile.evidence.subject import Subject
 
 Phase = Literal["sample", "judge", "latency", "all"]
 TITLES = {
@@ -210,20 +210,19 @@ class _Group:
         self.run, self.system, self.rows = run, system, rows
         self.steps = group[0].steps
         self.folder = folder / f"{self.steps}_steps"
-        self.of = {"plan": run.plan, "routers": [sha256(path) for path in run.routers], "threshold": run.threshold}
 
     def methods(self) -> list[Method]:
         return [row.method for row in self.rows if row.method is not None]
 
-    def subject(self, one: SampleSet) -> Any:
-        return replace(one.subject, steps=self.steps, settings={**one.subject.settings, **self.of})
+    def subject(self, one: SampleSet) -> Subject:
+        return replace(one.subject, steps=self.steps)
 
     def shards(self, one: SampleSet, method: Method) -> Shards:
         return Shards(self.folder / one.name / file_name(method.name), one.count, self.run.shard)
 
     def results(self) -> Results:
         run, first = self.run, self.system.sets[0].subject
-        parts: dict[str, dict[str, Any]] = {"subject": {"model": first.name, "steps": self.steps, **first.settings, **self.of}}
+        parts: dict[str, dict[str, Any]] = {"subject": {"model": first.name, "steps": self.steps, **first.settings}}
         if run.has("judge"):
             parts["quality"] = {"samples": {one.name: one.count for one in self.system.sets}, "shard": run.shard, "backend": run.backend}
         if run.has("latency"):

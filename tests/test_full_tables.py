@@ -73,7 +73,7 @@ def test_routers_of_both_kinds(tmp_path: Path) -> None:
 
 
 def generators(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed((CPU.seed << 32) + number) for number in range(count)]
+    return [torch.Generator().manual_seed(1_000_000 * CPU.seed + number) for number in range(count)]
 
 
 def drawn(system: System, number: int, count: int, steps: int) -> Tensor:
@@ -189,25 +189,24 @@ def test_what_is_missing_for_videos_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_video_table_on_the_tiny_model(tmp_path: Path) -> None:
-    """Sampled, judged and written; a second run draws nothing again."""
-    options = ["--out", str(tmp_path), "--samples", "3", "--shard", "2", "--backend", "eager"]
-    for phase in ("sample", "judge", "all"):
-        if phase == "all":
-            options += ["--rounds", "1", "--batch", "1"]
+    """Sampled, judged and written; sampling once more draws nothing."""
+    options = ["--out", str(tmp_path), "--samples", "2", "--shard", "1", "--backend", "eager"]
+    times = []
+    for phase in ("sample", "sample", "judge"):
         result = CliRunner().invoke(full_tables.app, [*options, "--phase", phase, "video", "--reference"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
-        if phase == "judge":
-            before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert len(before) == 5 * 2 and before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+        times.append({path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")})
+    assert len(times[0]) == 5 * 2 and times[0] == times[1] == times[2]
     page = next(tmp_path.rglob("table.md")).read_text()
     lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     assert lines[0][:4] == ["| method", "steps", "VBench", "seconds"] and len(lines) == 2 + 6
     by_name = {line[0].removeprefix("| "): line for line in lines[2:]}
     assert by_name["uncached, 25 steps"][2] == "– (71.38)" and "published no settings" in by_name["ToCa"][-1]
     assert by_name["uncached, 50 steps"][5] == "–"  # no error to itself
-    assert float(by_name["uncached, 25 steps"][5]) < float(by_name["ours, defaults, random"][5])
-    assert float(by_name["the paper's settings, random, 18 I-steps"][-2]) > 1.0
-    assert sorted(path.name for path in tmp_path.rglob("*.gif"))[::5] == ["prompt 0-0.gif", "prompt 0-1.gif", "prompt 0-2.gif"]
+    assert float(by_name["uncached, 25 steps"][5]) < float(by_name["ours, defaults, random tokens"][5])
+    tmacs = {name: float(line[4].split()[0]) for name, line in by_name.items() if line[4][0] != "–"}
+    assert tmacs["the paper's settings, random tokens, 18 I-steps"] < tmacs["uncached, 50 steps"] == 2 * tmacs["uncached, 25 steps"]
+    assert sorted(path.name for path in tmp_path.rglob("*.gif"))[::5] == ["prompt 0-0.gif", "prompt 0-1.gif"]
 
 
 def test_only_sampling_runs_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from tokencache_compile.evidence.subject import Subject
 from tokencache_compile.learn.inputs import TensorData, load_model, load_scheduler
 from tokencache_compile.sampling import Conditions
 
+SAMPLES_OF_A_SEED = 1_000_000  # torch's generator on the CPU takes 32 bits of a seed, so seed and number share them
+
 
 def drawn_from(noise: Tensor, conditions: Conditions, device: str) -> Callable[[int, int], tuple[Tensor, Conditions]]:
     """Slices of one set of noises and conditions, so that neither depends on how many are drawn together."""
@@ -31,8 +33,9 @@ def drawn_from(noise: Tensor, conditions: Conditions, device: str) -> Callable[[
 
 
 def noise_of(seed: int, start: int, count: int, shape: Sequence[int]) -> Tensor:
-    """Noise [count, *shape] of the samples from number ``start`` on, each from a generator of its own."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed((seed << 32) + start + i)) for i in range(count)])
+    """Noise [count, *shape] of the samples from number ``start`` on, each from a generator of its own; a million for a seed."""
+    generators = [torch.Generator().manual_seed(SAMPLES_OF_A_SEED * seed + start + i) for i in range(count)]
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def reference_subject(samples: int, steps: int, guidance: float, seed: int, device: str = "cpu", **more: Any) -> Subject:

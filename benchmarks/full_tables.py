@@ -11,7 +11,7 @@ run that was stopped goes on. See docs/full_tables.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -240,7 +240,7 @@ class _Group:
                 draw_shards(self.subject(one), method, shards, self.run.backend, self.run.process, self.run.processes, advance)
                 progress.update(task, visible=False)
 
-    def judge(self, judges: dict[str, Callable[[], systems.Judge]], progress: Progress) -> None:
+    def judge(self, judges: Mapping[str, Callable[[], systems.Judge]], progress: Progress) -> None:
         """Figures of all samples, and what one costs."""
         results, first = self.results(), self.system.sets[0]
         uncached = self.methods()[0]
@@ -290,7 +290,7 @@ def _cells(row: Row, measured: dict[str, Any], columns: tuple[str, ...]) -> list
     printed = {} if row.printed is None else {**figures(row.printed), "tmacs": row.printed.tmacs}
     own = measured.get(row.name, {}) if row.method is not None else {}
     quality = own.get("quality") or {}
-    latency = next((one for one in own.get("latency", {}).values() if "failed" not in one), {})
+    latency: dict[str, Any] = next((one for one in own.get("latency", {}).values() if "failed" not in one), {})
 
     def cell(name: str, value: float | None, digits: int) -> str:
         shown = "–" if value is None else f"{value:.{digits}f}"

@@ -20,7 +20,7 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.evidence.shards import Shards
 from tokencache_compile.judges.video import QUALITY, SEMANTIC, total_score, vbench_standard, video_name, write_video
 from tokencache_compile.pixels import from_bytes
-from tokencache_compile.sampling import sample
+from tokencache_compile.sampling import Conditions, sample
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -114,6 +114,14 @@ def test_pixart_is_sampled_as_its_pipeline_samples(tmp_path: Path) -> None:
         width=16, max_sequence_length=120, clean_caption=False, use_resolution_binning=False,
     ).images  # fmt: skip
     torch.testing.assert_close(drawn(system, 1, 2, 4).permute(0, 2, 3, 1), torch.tensor(expected) * 2 - 1, rtol=0, atol=1e-4)
+
+
+def test_conditions_may_be_mappings() -> None:
+    """As PixArt-α at 1024² takes the size of its image."""
+    states, null, size = torch.randn(2, 3), torch.randn(1, 3), torch.tensor([[1.0], [2.0]])
+    rows = Conditions({"states": states, "added": {"size": size}}, {"added": {"size": size[:1]}, "states": null}, 2.0).rows
+    assert torch.equal(rows["states"], torch.cat([states, null, null]))
+    assert rows["added"]["size"].flatten().tolist() == [1, 2, 1, 1]
 
 
 def test_a_text_score_is_the_mean_over_samples_whatever_the_parts(tmp_path: Path) -> None:

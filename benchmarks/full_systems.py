@@ -7,7 +7,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def pixart(size: int, weights: str | None, data: TextData, count: int | None, pl
     weights = weights or f"PixArt-alpha/PixArt-XL-2-{'1024-MS' if size == 1024 else '256x256'}"
     pipe = loaded(PixArtAlphaPipeline, weights, dtype=place.dtype).to(place.device)
     net = pipe.transformer.eval()
-    clip = partial(ClipScore, data.clip, place.device)
+    clip = cache(partial(ClipScore, data.clip, place.device))
     name, make = f"PixArt-α {size}²", partial(_pixart_subject, pipe, weights, net, size, place)
     if size == 1024:
 
@@ -253,7 +253,7 @@ def reference_pixart(count: int) -> System:
         return replace(subject, settings={**subject.settings, "sampler": "DPM-Solver++"}), [captions[pair] for pair in pairs.tolist()]
 
     (seen, asked), (unseen, asked_unseen) = of(captions_in_turn(count, emoji)), of(held_out[:count])
-    score = partial(EmojiScore, emoji)
+    score = cache(partial(EmojiScore, emoji))
     sets = (
         SampleSet("captions", seen, count, partial(_real_and_clip, emoji.images.split(64), EfficientNetFeatures, score, asked)),
         SampleSet("held_out", unseen, len(asked_unseen), partial(_clip, score, asked_unseen)),

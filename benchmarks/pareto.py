@@ -22,7 +22,7 @@ from emoji import load_emoji
 from fashion_mnist import load_fashion_mnist
 from frechet import FrechetDistance
 from peers import peer_methods
-from reference_pixart import pixart_subject
+from reference_pixart import captions_in_turn, pixart_subject
 from rich.console import Console
 
 from tokencache_compile.artefact import CacheArtefact
@@ -52,7 +52,8 @@ def pixart(samples: int) -> tuple[Subject, None]:
     """The reference PixArt: 20 guided DDIM steps, and the distance to the emoji it was trained on."""
     emoji = load_emoji()
     distance = FrechetDistance.to(emoji.images)
-    return pixart_subject(samples, emoji, {"frechet": distance}, {"frechet": distance(emoji.images.flip(-1))}), None
+    floors = {"frechet": distance(emoji.images.flip(-1))}
+    return pixart_subject(captions_in_turn(samples, emoji), emoji, {"frechet": distance}, floors), None
 
 
 def main(

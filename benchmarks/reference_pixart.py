@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, PixArtTransformer2DModel
 from emoji import Emoji, encode
-from torch import nn
+from torch import Tensor, nn
 from train_pixart import SCHEDULER_CONFIG
 
 from tokencache_compile.evidence.subject import Judge, Subject
@@ -19,19 +19,23 @@ MODEL = Path(__file__).resolve().parent.parent / "tokencache_compile" / "referen
 STEPS, GUIDANCE, SEED = 20, 2.0, 1234
 
 
-def pixart_subject(samples: int, emoji: Emoji, judges: Mapping[str, Judge], floors: Mapping[str, float]) -> Subject:
-    """``samples`` noises, one for each caption, from the first again when they are through."""
+def captions_in_turn(samples: int, emoji: Emoji) -> Tensor:
+    """The caption [samples] of each sample: few are of many concepts, and many begin again at the first."""
+    step = max(1, len(emoji.captions) // samples)
+    return (torch.arange(samples) * step) % len(emoji.captions)
+
+
+def pixart_subject(pairs: Tensor, emoji: Emoji, judges: Mapping[str, Judge], floors: Mapping[str, float]) -> Subject:
+    """A noise for each of the captions ``pairs`` [n]."""
 
     def load() -> nn.Module:
         net: nn.Module = PixArtTransformer2DModel.from_pretrained(MODEL).eval()
         return net
 
     (states, mask), (null_states, null_mask) = encode(emoji.captions), encode([""])
-    step = max(1, len(emoji.captions) // samples)  # so that few samples are of many concepts
-    rows = (torch.arange(samples) * step) % len(emoji.captions)
-    given = {"encoder_hidden_states": states[rows], "encoder_attention_mask": mask[rows]}
+    given = {"encoder_hidden_states": states[pairs], "encoder_attention_mask": mask[pairs]}
     null = {"encoder_hidden_states": null_states, "encoder_attention_mask": null_mask}
-    noise = torch.randn(samples, 3, 32, 32, generator=torch.Generator().manual_seed(SEED))
+    noise = torch.randn(len(pairs), 3, 32, 32, generator=torch.Generator().manual_seed(SEED))
     settings = {"sampler": "DDIM", "guidance": GUIDANCE, "seed": SEED, "device": "cpu"}
     return Subject(
         "reference PixArt",

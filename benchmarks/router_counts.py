@@ -16,23 +16,30 @@ from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 SOURCE = "https://github.com/horseee/learning-to-cache, DiT/ckpt"
 RESULT = Path(__file__).resolve().parent / "results" / "router_counts.json"
 THRESHOLDS = (0.1, 0.5, 0.9, 0.95, 0.98, 0.99)  # 0.1 is the published one (0.9 at 512², whose router is not published)
 
 
+def published_router(path: Path, steps: int) -> Tensor:
+    """Logits [step pairs, blocks, 2] of a published router, pairs in sampling order. (Its own numbers count timesteps upwards.)"""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        saved = torch.load(path, weights_only=True, map_location="cpu")["routers"]
+    logits = torch.stack([saved[f"{number}.prob"] for number in range(steps - 2, -1, -2)])
+    return logits.unflatten(1, (-1, 2))
+
+
 def main(folder: Annotated[Path, typer.Argument(help="Folder with the two router files.")]) -> None:
     routers = {}
     for steps in (20, 50):
         path = folder / f"DDIM{steps}_router.pt"
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, weights_only=True, map_location="cpu")["routers"]
-        scores = torch.stack([saved[f"{step}.prob"] for step in range(0, steps, 2)]).sigmoid()
+        scores = published_router(path, steps).sigmoid()
         counts = {}
         for threshold in THRESHOLDS:
             computed = scores > threshold
-            counts[str(threshold)] = {"attention": int(computed[:, 0::2].sum()), "mlp": int(computed[:, 1::2].sum())}
+            counts[str(threshold)] = {"attention": int(computed[..., 0].sum()), "mlp": int(computed[..., 1].sum())}
         routers[str(steps)] = {
             "file": path.name,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -21,8 +21,12 @@ def psnr(images: Tensor, reference: Tensor, data_range: float = 2.0) -> float:
     between the darkest and the brightest value: 2 for images in [-1, 1].
     """
     _check_shapes(images, reference)
-    error = float((images.double() - reference.double()).square().mean())
-    return 10.0 * math.log10(data_range**2 / error) if error else math.inf
+    return decibels(float((images.double() - reference.double()).square().mean()), data_range)
+
+
+def decibels(mean_square: float, data_range: float = 2.0) -> float:
+    """The peak signal-to-noise ratio that a mean squared error is; infinite where there is none."""
+    return 10.0 * math.log10(data_range**2 / mean_square) if mean_square else math.inf
 
 
 def mean_abs_deviation(first: Tensor, second: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tokencache_compile.errors import InputError
 
@@ -19,13 +20,13 @@ class Conditions:
     """What the images of one batch are conditioned on.
 
     Attributes:
-        given: keyword arguments of the model besides sample and timestep, tensors with one row an image.
+        given: keyword arguments of the model besides sample and timestep, tensors (or mappings of them) with one row an image.
         null: the same arguments for "unconditional", with one row or one an image; None samples without guidance.
         guidance: weight w of uncond + w · (cond − uncond).
     """
 
-    given: Mapping[str, Tensor]
-    null: Mapping[str, Tensor] | None = None
+    given: Mapping[str, Any]
+    null: Mapping[str, Any] | None = None
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
@@ -42,12 +43,17 @@ class Conditions:
         return cls({"class_labels": labels}, {"class_labels": torch.full_like(labels, null_label)}, guidance)
 
     @property
-    def rows(self) -> Mapping[str, Tensor]:
+    def rows(self) -> Mapping[str, Any]:
         """The model's arguments for one call: the conditional rows first, then with guidance the unconditional ones."""
         if self.null is None:
             return self.given
-        null = {name: value.expand(len(self.given[name]), *value.shape[1:]) for name, value in self.null.items()}
-        return {name: torch.cat([value, null[name]]) for name, value in self.given.items()}
+
+        def both(given: Tensor, null: Tensor) -> Tensor:
+            return torch.cat([given, null.expand(len(given), *null.shape[1:])])
+
+        null = {name: self.null[name] for name in self.given}  # in the same order
+        joined: Mapping[str, Any] = pytree.tree_map(both, dict(self.given), null)
+        return joined
 
 
 def guided(output: Tensor, guidance: float) -> Tensor:

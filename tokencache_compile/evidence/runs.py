@@ -25,6 +25,7 @@ from tokencache_compile.evidence.latency import Clock
 from tokencache_compile.evidence.methods import FEWER, RANDOM, Method
 from tokencache_compile.evidence.quality import BACKEND, Samples, compared, draw_samples
 from tokencache_compile.evidence.subject import Subject
+from tokencache_compile.pixels import to_bytes
 
 Phase = Literal["quality", "latency"]
 PHASES: tuple[Phase, ...] = ("quality", "latency")
@@ -116,7 +117,7 @@ def run_bench(
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         for phase in phases:
-            measure = _quality_phase if phase == "quality" else _latency_phase
+            measure = _quality_phase if phase == "quality" else latency_phase
             measure(subject, methods, results, settings, progress)
     return results.content
 
@@ -149,7 +150,8 @@ def _quality_phase(subject: Subject, methods: Sequence[Method], results: Results
         progress.advance(bar)
 
 
-def _latency_phase(subject: Subject, methods: Sequence[Method], results: Results, settings: BenchSettings, progress: Progress) -> None:
+def latency_phase(subject: Subject, methods: Sequence[Method], results: Results, settings: BenchSettings, progress: Progress) -> None:
+    """Time what ``results`` lacks of ``methods``."""
     rows = [(method, backend) for method in methods for backend in method.backends]
     missing = [(method, backend) for method, backend in rows if backend not in results.row(method, subject.steps)["latency"]]
     bar = progress.add_task("latency: methods", total=len(rows), completed=len(rows) - len(missing))
@@ -174,12 +176,17 @@ def _or_failed(measure: Callable[[Method], dict[str, Any]], method: Method, prog
         return {"failed": f"{type(error).__name__}: {first}"}
 
 
+def file_name(name: str) -> str:
+    """A method's name as that of a file or folder."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
 def _picture(subject: Subject, images: Tensor, folder: Path, name: str) -> str | None:
     """The first images side by side as a PNG in ``folder``; its path there. None where samples are no pictures."""
     if not subject.pixels or images.ndim != 4:
         return None
-    strip = images[:PICTURED].add(1).mul(127.5).round().byte().permute(2, 0, 3, 1).flatten(1, 2)  # [H, n·W, C]
-    path = Path("samples", re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") + ".png")
+    strip = to_bytes(images[:PICTURED]).permute(2, 0, 3, 1).flatten(1, 2)  # [H, n·W, C]
+    path = Path("samples", file_name(name) + ".png")
     (folder / path.parent).mkdir(parents=True, exist_ok=True)
     Image.fromarray(strip.squeeze(-1).numpy()).save(folder / path)
     return str(path)

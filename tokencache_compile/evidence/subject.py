@@ -26,6 +26,7 @@ class Subject:
         steps: sampling steps of the uncached run.
         pixels: the samples are images of 1 or 3 channels in [-1, 1], and are clamped to that; latents have no fixed range.
         predicts_x0: the scheduler tells its prediction of the final image at every step.
+        decode: what is seen of samples that are latents: images or videos of 1 or 3 channels in [-1, 1].
         judges: figures of a whole set of images, by name; ``floors`` are those of as many real ones.
         settings: JSON values that a result holds for: sampler, guidance, seed, weights.
     """
@@ -37,6 +38,7 @@ class Subject:
     steps: int
     pixels: bool = True
     predicts_x0: bool = True
+    decode: Callable[[Tensor], Tensor] | None = None
     judges: Mapping[str, Judge] = field(default_factory=dict)
     floors: Mapping[str, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)

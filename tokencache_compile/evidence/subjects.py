@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.evidence.subject import Subject
 from tokencache_compile.learn.inputs import TensorData, load_model, load_scheduler
 from tokencache_compile.sampling import Conditions
+
+SAMPLES_OF_A_SEED = 1_000_000  # torch's generator on the CPU takes 32 bits of a seed, so seed and number share them
 
 
 def drawn_from(noise: Tensor, conditions: Conditions, device: str) -> Callable[[int, int], tuple[Tensor, Conditions]]:
@@ -28,6 +30,12 @@ def drawn_from(noise: Tensor, conditions: Conditions, device: str) -> Callable[[
         return noise[rows].to(device), Conditions(given, null, conditions.guidance)
 
     return draw
+
+
+def noise_of(seed: int, start: int, count: int, shape: Sequence[int]) -> Tensor:
+    """Noise [count, *shape] of the samples from number ``start`` on, each from a generator of its own; a million for a seed."""
+    generators = [torch.Generator().manual_seed(SAMPLES_OF_A_SEED * seed + start + i) for i in range(count)]
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def reference_subject(samples: int, steps: int, guidance: float, seed: int, device: str = "cpu", **more: Any) -> Subject:

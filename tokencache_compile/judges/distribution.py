@@ -11,7 +11,7 @@ samples. Distances are taken in float32, where ADM begins in float16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,23 +32,26 @@ class Features:
 
 
 FeatureNetwork = Callable[[Tensor], Features]  # of images [n, 1 or 3, H, W] in [-1, 1]
+Images = Tensor | Iterable[Tensor]  # a set of such images, whole or in parts
+Moments = tuple[Tensor, Tensor]  # mean [d] and covariance [d, d]
 
 
-def features(network: FeatureNetwork, images: Tensor, batch: int = 64) -> Features:
-    """What ``network`` sees in ``images``, so many at a time."""
+def features(network: FeatureNetwork, images: Images, batch: int = 64) -> Features:
+    """What ``network`` sees in ``images``, so many at a time; of parts, one is held at a time."""
+    whole = (images,) if isinstance(images, Tensor) else images
     with torch.inference_mode():
-        parts = [network(part) for part in images.split(batch)]
+        parts = [network(few) for part in whole for few in part.split(batch)]
     names = ("pooled", "spatial", "probabilities")
     return Features(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
-def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+def moments(rows: Tensor) -> Moments:
     """Mean [d] and covariance [d, d] of ``rows`` [n, d], in float64."""
     rows = rows.double()
     return rows.mean(0), torch.cov(rows.T)
 
 
-def frechet_distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
+def frechet_distance(first: Moments, second: Moments) -> float:
     """|μ₁ − μ₂|² + tr(C₁ + C₂ − 2 (C₁ C₂)^½) of two Gaussians given by their moments."""
     (mean, covariance), (other_mean, other_covariance) = first, second
     values, vectors = torch.linalg.eigh(covariance)
@@ -94,17 +97,27 @@ class DistributionJudge:
 
     Args:
         network: makes the features.
-        real: the images [n, 1 or 3, H, W] in [-1, 1] that are measured against.
+        real: the images [n, 1 or 3, H, W] in [-1, 1] that are measured against, whole or in parts.
         held_out: other real images, for what they themselves come to.
+        known: moments of the pooled and of the spatial features of more real images than ``real``, which FID and sFID are then to:
+            ADM's reference batches bring those of the whole training set.
+
+    Raises:
+        ConfigError: ``known`` is of another network.
     """
 
-    def __init__(self, network: FeatureNetwork, real: Tensor, held_out: Tensor) -> None:
+    def __init__(
+        self, network: FeatureNetwork, real: Images, held_out: Tensor | None = None, known: tuple[Moments, Moments] | None = None
+    ) -> None:
         self.network, self.held_out = network, held_out
         self.real = features(network, real)
-        self._pooled, self._spatial = moments(self.real.pooled), moments(self.real.spatial)
+        own = self.real.pooled.shape[1], self.real.spatial.shape[1]
+        if known is not None and (widths := tuple(len(mean) for mean, _ in known)) != own:
+            raise ConfigError(f"moments of {widths} features were given, and the network makes {own}. Take those of the same network.")
+        self._pooled, self._spatial = known or (moments(self.real.pooled), moments(self.real.spatial))
 
-    def __call__(self, images: Tensor) -> dict[str, float]:
-        """The figures of ``images`` [n, 1 or 3, H, W] in [-1, 1]."""
+    def __call__(self, images: Images) -> dict[str, float]:
+        """The figures of ``images`` [n, 1 or 3, H, W] in [-1, 1]; in parts, so many that they are never held at once."""
         seen = features(self.network, images)
         precision, recall = precision_recall(self.real.pooled, seen.pooled)
         return {
@@ -121,6 +134,7 @@ class DistributionJudge:
         Raises:
             ConfigError: there are not so many.
         """
-        if count > len(self.held_out):
-            raise ConfigError(f"the figures of {count} real images were asked for and {len(self.held_out)} are held out. Pass more.")
+        if self.held_out is None or count > len(self.held_out):
+            held_out = 0 if self.held_out is None else len(self.held_out)
+            raise ConfigError(f"the figures of {count} real images were asked for and {held_out} are held out. Pass more.")
         return self(self.held_out[:count])

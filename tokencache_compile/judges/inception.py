@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.judges.distribution import Features
+from tokencache_compile.pixels import to_bytes
 
 SPATIAL = 7  # channels of mixed_6/conv that sFID takes
 
@@ -42,10 +43,9 @@ class Inception:
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)  # TensorFlow calls it mixed_6/conv
 
     def _keep(self, _module: Any, _inputs: Any, output: Tensor) -> None:
-        self._spatial = output[:, :SPATIAL].flatten(1)
+        self._spatial = output[:, :SPATIAL].permute(0, 2, 3, 1).flatten(1)  # channels last, as in ADM's reference batches
 
     def __call__(self, images: Tensor) -> Features:
-        """Of images [n, 1 or 3, H, W] in [-1, 1], which are first cut down to 8 bits as ADM saves them."""
-        bytes_ = images.add(1).mul(127.5).clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
-        pooled, logits = self.network(bytes_.to(self.device))
+        """Of images [n, 1 or 3, H, W] in [-1, 1], which are first rounded to 8 bits."""
+        pooled, logits = self.network(to_bytes(images).expand(-1, 3, -1, -1).to(self.device))
         return Features(pooled.cpu(), self._spatial.float().cpu(), logits.softmax(1).cpu())

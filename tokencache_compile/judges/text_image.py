@@ -11,13 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.pixels import to_bytes
 
 
 def _pictures(images: Tensor, prompts: Sequence[str]) -> list[Image.Image]:
     """Images [n, 1 or 3, H, W] in [-1, 1] as pictures, one a prompt."""
     if len(images) != len(prompts):
         raise ConfigError(f"{len(images)} images and {len(prompts)} prompts were given; each image has one.")
-    bytes_ = images.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    bytes_ = to_bytes(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     return [Image.fromarray(picture.contiguous().cpu().numpy()) for picture in bytes_]
 
 

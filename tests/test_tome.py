@@ -30,7 +30,7 @@ def by_tome(x: Tensor, draws: Tensor, columns: int) -> Tensor:
     scores = torch.zeros(x.shape[:2])
     for row, tokens in enumerate(x):
         for token, own in enumerate(tokens):
-            nearest = max(float(torch.cosine_similarity(own, tokens[other], dim=0)) for other in destinations)
+            nearest = torch.cosine_similarity(own[None], tokens[destinations]).max()
             scores[row, token] = 4 + draws[token] if token in destinations else -nearest
     return scores
 

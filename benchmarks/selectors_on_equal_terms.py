@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from math import isqrt
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from tokencache_compile.engine import Engine
 from tokencache_compile.learn.stack import BlockStack
+from tokencache_compile.passes.cache_ops import tome_score
 from tokencache_compile.passes.pipeline import StepPrograms
 from tokencache_compile.passes.selection import below_one
 from tokencache_compile.predictor import CachePredictor
 
-GRID_CELL_TOME, GRID_CELL_TOCA = 4, 2
+GRID_CELL_TOCA = 2
 
 
 class Observed:
@@ -61,16 +63,6 @@ def cells(tokens: int, size: int) -> Tensor:
     side = round(tokens**0.5)
     row, column = torch.arange(tokens) // side, torch.arange(tokens) % side
     return (row // size) * -(-side // size) + column // size
-
-
-def tome_scores(stream: Tensor, step: int) -> Tensor:
-    """ToMe as a selector: destinations (one random token a 4×4 cell) first, then sources least similar to any of them. [B, N]."""
-    cell = cells(stream.shape[1], GRID_CELL_TOME)
-    draw = torch.rand(len(cell), generator=torch.Generator().manual_seed(step))
-    destinations = torch.stack([torch.where(cell == c, draw, -1.0).argmax() for c in cell.unique()])
-    unit = torch.nn.functional.normalize(stream.float(), dim=-1)
-    scores = -(unit @ unit[:, destinations].transpose(1, 2)).amax(-1)
-    return scores.index_fill(1, destinations, torch.inf)
 
 
 def toca_scores(received: Tensor, age: Tensor, interval: float) -> Tensor:
@@ -123,10 +115,11 @@ class ScoredRun:
     def _scores(self, kwargs: dict[str, Any], rows: int) -> Sequence[Tensor]:
         plan = self.steps.plan
         blocks = range(plan.num_cached)
+        draws, side = torch.rand(plan.tokens, generator=torch.Generator().manual_seed(self.step)), isqrt(plan.tokens)
         by_name: dict[str, Callable[[int], Tensor]] = {
             "norm": lambda block: self._cache(f"update_{block:02d}_0").norm(dim=-1),
             "change": lambda block: (self._cache(f"update_{block:02d}_0") - self._cache(f"update_{block:02d}_1")).norm(dim=-1),
-            "tome": lambda block: tome_scores(self.seen.streams[block], self.step),
+            "tome": lambda block: tome_score(self.seen.streams[block], draws, (side, side)),
         }
         if self.name in by_name:
             return [by_name[self.name](block) for block in blocks]

@@ -194,7 +194,7 @@ def _wrong_in(step: StepEntry, manifest: Manifest) -> list[str]:
     """How a step's inputs and outputs differ from what the call, the plan and the caches say."""
     io, name = step.graph.io, step.graph.name
     extras = [TensorSpec("step", (), torch.float32)]
-    if manifest.plan.config.scorer == "random":
+    if "random_scores" in manifest.plan.config.extras:
         extras.append(TensorSpec("random_scores", manifest.table.random_shape, torch.float32))
     given = [leaf.spec for leaf in manifest.call.leaves if leaf.spec is not None]
     caches = [TensorSpec(cache.name, cache.shape, cache.dtype) for cache in manifest.caches]

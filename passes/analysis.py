@@ -45,6 +45,7 @@ from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.passes.capture import BLOCK_OP, disturbed
 from tokencache_compile.passes.outline import block_call_index, counting_body
 from tokencache_compile.passes.rounding import agree, leap_of, relative
+from tokencache_compile.passes.token_grid import image_grid
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _TRUNK_OPS = (
@@ -576,7 +577,7 @@ def analyse(program: BlockProgram, captured: Capture) -> BlockProgram:
         )
     batch, tokens, channels = next(iter(shapes))
     like = calls[0].tensors[places[0].pair[0]]
-    stream = Stream(batch, tokens, channels, like.dtype, like.device)
+    stream = Stream(batch, tokens, channels, like.dtype, like.device, image_grid(captured, tokens))
     note = f"analyse: stream [{stream.batch}, {stream.tokens}, {stream.channels}] {stream.dtype}, " + "; ".join(
         f"{b.name}: {len(b.known_roles.attentions)} self-attention(s), {len(b.known_roles.side_inputs)} per-token side input(s), "
         f"{len(b.known_roles.companions)} other stream(s)"

@@ -20,6 +20,9 @@ AMPLIFICATION = 7.0
 # ToCa's weights: of a token's age, in intervals between I-steps, and of the best token of a cell.
 AGE_WEIGHT, CELL_BONUS = 0.25, 0.6
 
+# Rows and columns of a cell of tokens: ToCa raises the best of one, ToMe has one destination in each.
+TOCA_CELL, TOME_CELL = 2, 4
+
 
 def token_rows(index: Tensor, batch: int, tokens: int) -> Tensor:
     """Row numbers [B·n] of the selected tokens in a tensor whose batch and token axes are flattened."""
@@ -119,12 +122,34 @@ def attention_received(query: Tensor, key: Tensor, scale: float | None) -> Tenso
     return torch.nn.functional.normalize(weights.mean(1).sum(1), dim=1)
 
 
-def toca_score(received: Tensor, stamps: Tensor, step: Tensor, interval: int, side: int) -> Tensor:
-    """ToCa's score [B, N] of tokens on a grid of ``side`` × ``side``: attention ``received`` and age, the best of every 2×2 cell raised.
+def toca_score(received: Tensor, stamps: Tensor, step: Tensor, interval: int, grid: tuple[int, int]) -> Tensor:
+    """ToCa's score [B, N] of tokens on a ``grid``: attention ``received`` and age, the best of every 2×2 cell raised.
 
     Age counts the steps since the one after a token was computed: 0 for all at the first step behind an I-step.
     """
     score = received + AGE_WEIGHT / interval * (step - stamps.squeeze(-1) - 1)
-    cells = score.unflatten(1, (side // 2, 2, side // 2, 2))
+    rows, columns = (length // TOCA_CELL for length in grid)
+    cells = score.unflatten(1, (rows, TOCA_CELL, columns, TOCA_CELL))
     best = cells.amax((2, 4), keepdim=True)
     return torch.where(cells == best, (1 + CELL_BONUS) * cells, cells).flatten(1)
+
+
+def tome_score(x: Tensor, draws: Tensor, grid: tuple[int, int]) -> Tensor:
+    """ToMe as a selector: score [B, N] of the tokens ``x`` [B, N, C] on a ``grid``.
+
+    The token of largest draw in every 4×4 cell is a destination, by ``draws`` [N] in [0, 1). Destinations come first, in the order of their
+    draws; all others, the sources, follow by how little they resemble (cosine) the destination that they resemble most.
+    """
+    rows, columns = (length // TOME_CELL for length in grid)
+
+    def by_cell(values: Tensor) -> Tensor:
+        """[N] → [cells, tokens of a cell]."""
+        cells: Tensor = values.unflatten(0, (rows, TOME_CELL, columns, TOME_CELL))
+        return cells.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    best = by_cell(draws).argmax(1, keepdim=True)
+    places = by_cell(torch.arange(grid[0] * grid[1], device=draws.device)).gather(1, best).squeeze(1)
+    unit = torch.nn.functional.normalize(x.float(), dim=-1)
+    resembles = (unit @ unit.index_select(1, places).transpose(1, 2)).amax(-1)
+    # A cosine lies in [-1, 1], a destination's own is 1: with 3 more it stands above every source.
+    return torch.zeros_like(draws).index_copy(0, places, 3 + draws.index_select(0, places)) - resembles

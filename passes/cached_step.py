@@ -76,7 +76,7 @@ def make_cached(
         arguments = [*step.block_weights(block), *inputs]
         written: list[CacheSpec] = []
         if kept:
-            index = select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch)
+            index = select(step, plan, block, inputs, kept, names, scores[0] if scores else None)
             arguments.append(index.node)
             if config.history == "computed":
                 written = [specs[0] for specs, is_new in zip(names.context, refreshed_modules(body, stream), strict=True) if is_new]
@@ -108,7 +108,7 @@ def make_cached(
             return step.plain_block(block, inputs)  # every token among every token
         if kept == 0:
             return skipped(block, inputs, unit, names, forecast)
-        index = select(step, plan, block.index, kept, names, scores[0] if scores else None, stream.batch)
+        index = select(step, plan, block, inputs, kept, names, scores[0] if scores else None)
         written = written_in_p_steps(names, config)
         kept_caches = [step.cache_in[spec.name] for spec in (names.score, *names.flat_context) if spec is not None]
         arguments = [*step.block_weights(block), *inputs]

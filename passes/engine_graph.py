@@ -38,10 +38,15 @@ def engine_graphs(steps: StepPrograms, output_names: Sequence[str], selection: S
 
     Raises:
         ConfigError: ``selection`` is neither.
-        ExportError: a shape in a step depends on values.
+        ExportError: a shape in a step depends on values, or the host's scores on tokens that it has yet to select.
     """
     if selection not in get_args(SelectionPlace):
         raise ConfigError(f'selection={selection!r} was asked for; tokens are selected in the "graph" or on the "host".')
+    if selection == "host" and steps.plan.config.scorer == "tome":
+        raise ExportError(
+            'selection="host" was asked for with scorer="tome", which scores a block\'s tokens once the blocks before it have run. '
+            'Use selection="graph", or scorer="random" or another.'
+        )
     return [_engine_graph(steps, step, output_names, selection) for step in (steps.full, *steps.cached)]
 
 

@@ -10,8 +10,6 @@ from, runs on every step.
 
 from __future__ import annotations
 
-from math import isqrt
-
 from torch import Tensor
 from torch.fx import Node
 
@@ -85,21 +83,16 @@ def refreshed_modules(body: Body, stream: Stream) -> tuple[bool, ...]:
     return tuple(part.node not in attention for part in module_outputs(body, stream))
 
 
-def scored_attention(body: Body, stream: Stream) -> Attention:
+def scored_attention(body: Body) -> Attention:
     """The self-attention whose weights score the tokens.
 
     Raises:
-        UnsupportedModelError: there is not just one, it has a mask, or the tokens are no square grid of 2×2 cells.
+        UnsupportedModelError: there is not just one, or it has a mask.
     """
     nodes = {node.name: node for node in body.graph_module.graph.nodes}
     found = body.known_roles.attentions
     if len(found) != 1 or attention_mask(nodes[found[0].node]) is not None or not found[0].has_batch:
         raise UnsupportedModelError(
             body.name, 'scorer="attention" knows blocks with one self-attention without a mask', 'Use scorer="random" or another.'
-        )
-    side = isqrt(stream.tokens)
-    if side * side != stream.tokens or side % 2:
-        raise UnsupportedModelError(
-            body.name, f'scorer="attention" knows square grids of 2×2 cells, not {stream.tokens} tokens', 'Use scorer="random" or another.'
         )
     return found[0]

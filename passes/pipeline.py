@@ -106,7 +106,7 @@ def steps_of(
     if caching and plan.config.context != "kept" and has_values:
         verify_context(program, captured, plan)
     units = fold_skipped(program, plan) if caching else ()
-    extras = ("step", "random_scores") if config.scorer == "random" else ("step",)
+    extras = config.extras
     full = make_full(program, plan, units, extras)
     refined = with_updates(program, lora, plan.num_cached) if lora and caching else program
     cached = tuple(make_cached(refined, plan, units, extras, number, predictor) for number in range(len(plan.profiles))) if caching else ()

@@ -108,7 +108,7 @@ def full_region(body: Body, config: CacheConfig, stream: Stream, has_score: bool
     update = outputs[roles.stream_output] - region.proxy(region.inputs[roles.stream_input])
     scores = []
     if has_score and config.scorer == "attention":
-        scores = [copy.received(scored_attention(body, stream))]
+        scores = [copy.received(scored_attention(body))]
     elif has_score:
         scores = [_score(update, previous, roles.layout, stream.tokens)]
     context = [region.proxy(node) for node in copy.context_values(config, stream)]

@@ -1,22 +1,23 @@
 """Selection: scores at the head of the P-graph, and a static top-k per block.
 
-The scores [B, N] of a block come from its own score cache (``change``, ``norm``, ``attention``), from an input (``random``), or from the
-predictor, which sits where block 1 would see the same stream and conditioning: one node for all blocks.
+The scores [B, N] of a block come from its own score cache (``change``, ``norm``, ``attention``), from an input (``random``), from the
+block's input tokens (``tome``, whose destinations are drawn by that input), or from the predictor, which sits where block 1 would see the
+same stream and conditioning: one node for all blocks.
 """
 
 from __future__ import annotations
 
-from math import isqrt
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from tokencache_compile.ir import BlockProgram
-from tokencache_compile.passes.cache_ops import select_tokens, toca_score
+from tokencache_compile.ir import Block, BlockProgram
+from tokencache_compile.passes.cache_ops import TOCA_CELL, TOME_CELL, select_tokens, toca_score, tome_score
 from tokencache_compile.passes.caches import UnitCaches
 from tokencache_compile.passes.regions import plain_region
 from tokencache_compile.passes.step_graph import StepGraph
+from tokencache_compile.passes.token_grid import grid_of_cells
 from tokencache_compile.plan import CachePlan
 from tokencache_compile.predictor import CachePredictor
 
@@ -44,15 +45,23 @@ def predictor_scores(step: StepGraph, program: BlockProgram, predictor: CachePre
     return below_one(torch.nn.functional.linear(hidden, *head)).transpose(1, 2)
 
 
-def select(step: StepGraph, plan: CachePlan, block: int, kept: int, names: UnitCaches, scores: Any, batch: int) -> Any:
-    """Index [B, n_l] of block ``block``'s kept tokens."""
-    if plan.config.scorer == "attention" and names.score is not None and names.stamps is not None:
+def select(step: StepGraph, plan: CachePlan, block: Block, inputs: list[Node], kept: int, names: UnitCaches, scores: Any) -> Any:
+    """Index [B, n_l] of the tokens that ``block``, given ``inputs``, keeps."""
+    stream, config = step.program.known_stream, plan.config
+    if config.scorer == "attention" and names.score is not None and names.stamps is not None:
         received, stamps = step.cache_in[names.score.name], step.cache_in[names.stamps.name]
-        own = toca_score(received, stamps, step.extras["step"], plan.config.schedule.every, isqrt(plan.tokens))
+        grid = grid_of_cells(block.fqn, stream, TOCA_CELL, config.scorer)
+        own = toca_score(received, stamps, step.extras["step"], config.schedule.every, grid)
     elif names.score is not None:
         own = step.cache_in[names.score.name]
-    elif plan.config.scorer == "random":
-        own = step.extras["random_scores"][:, block]
+    elif config.scorer == "random":
+        own = step.extras["random_scores"][:, block.index]
+    elif config.scorer == "tome":
+        roles = step.program.body_of(block).known_roles
+        tokens = step.proxy(inputs[roles.stream_input])
+        if roles.layout.others:
+            tokens = tokens.narrow(1, roles.layout.before, stream.tokens)
+        own = tome_score(tokens, step.extras["random_scores"][0, block.index], grid_of_cells(block.fqn, stream, TOME_CELL, config.scorer))
     else:
-        own = scores[:, block]
-    return select_tokens(own, kept, plan.config.selection, batch)
+        own = scores[:, block.index]
+    return select_tokens(own, kept, config.selection, stream.batch)

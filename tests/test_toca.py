@@ -140,7 +140,7 @@ def test_models_without_one_plain_attention_on_a_square_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="one self-attention without a mask"):
         build_steps(build("pixart_masked"), masked, config, None)
     odd = dict(conditions("dit"), hidden_states=torch.randn(ROWS, 4, 6, 6, generator=draw), timestep=torch.full((ROWS,), 500))
-    with pytest.raises(UnsupportedModelError, match="square grids of 2×2 cells, not 9 tokens"):
+    with pytest.raises(UnsupportedModelError, match="cells of 2 × 2 tokens, and its 9 tokens lie on a grid of 3 × 3"):
         build_steps(build("dit", sample_size=6), odd, config, None)
     with pytest.raises(ConfigError, match="every one of 2 steps is full"):
         baselines.toca(2, LAYERS, TOKENS)

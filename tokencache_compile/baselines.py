@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokencache_compile.errors import ConfigError
-from tokencache_compile.plan import CacheConfig
+from tokencache_compile.plan import CacheConfig, Selection
 from tokencache_compile.schedule import Schedule
 
 
@@ -85,6 +85,11 @@ def toca(steps: int, blocks: int, tokens: int) -> CacheConfig:
         forecast=0, history="computed", scorer="attention", granularity="module", keep=distinct, groups=groups,
         schedule=Schedule(interval, full),
     )  # fmt: skip
+
+
+def tome(every: int = 4, ratio: float = 0.9, selection: Selection = "sample") -> CacheConfig:
+    """ToMe as a selector (SPEC section 7): a random destination in every 4×4 cell is recomputed, and the tokens least like any of these."""
+    return CacheConfig(ratio, scorer="tome", selection=selection, schedule=Schedule(every))
 
 
 def learning_to_cache(router: Tensor, threshold: float = 0.1) -> CacheConfig:

@@ -177,10 +177,9 @@ def cost_of(built: StepPrograms, context: Context, inputs: Sequence[Tensor], pre
     """The cost of ``built`` had its plan been made for ``context``; only the P-step is built anew."""
     plan = replace(built.plan, config=replace(built.plan.config, context=context))
     program = built.program
-    extras = ("step", "random_scores") if plan.config.scorer == "random" else ("step",)
     try:
         units = fold_skipped(program, plan)
-        cached = [make_cached(program, plan, units, extras, number, predictor) for number in range(len(plan.profiles))]
+        cached = [make_cached(program, plan, units, plan.config.extras, number, predictor) for number in range(len(plan.profiles))]
     except TokenCacheError as error:
         return Cost(refusal=str(error))
     macs = tuple(verify_step(step, inputs, built.random_shape) for step in cached)

@@ -202,13 +202,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Stream:
-    """The cached tokens: their number, shape and dtype at the blocks, for this input signature."""
+    """The cached tokens: their number, shape and dtype at the blocks, for this input signature.
+
+    ``grid``: their rows and columns, where they are the patches of an image; None where that is not known.
+    """
 
     batch: int
     tokens: int
     channels: int
     dtype: torch.dtype
     device: torch.device
+    grid: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

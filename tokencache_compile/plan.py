@@ -10,7 +10,7 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.schedule import Schedule, is_ints
 
 Context = Literal["kept", "cached", "full", "reuse"]
-Scorer = Literal["change", "norm", "attention", "random", "predictor"]
+Scorer = Literal["change", "norm", "attention", "random", "tome", "predictor"]
 Selection = Literal["sample", "pair", "batch"]
 History = Literal["full_steps", "computed"]
 Granularity = Literal["block", "module"]
@@ -46,8 +46,9 @@ class CacheConfig:
             a P-step recomputes then serves that step alone.
         scorer: which tokens to keep: those whose update changed most between its last two computations (``change``),
             of largest update (``norm``), ``random``, or the learned ``predictor``. ``attention`` is ToCa's: the attention that a token
-            received at the last I-step, more for every ``schedule.every`` steps of age, and more for the best of every 2×2 cell of a
-            square grid.
+            received at the last I-step, more for every ``schedule.every`` steps of age, and more for the best of every 2×2 cell of
+            the image's grid. ``tome`` is ToMe's: one random token of every 4×4 cell, then those least like any of these at the
+            block's input.
         selection: one index set per ``sample``, per guidance ``pair`` (batch = two halves), or one for the ``batch``.
         schedule: which steps run in full.
         keep: keep profiles, each the tokens kept in every cached block; None is one profile of equal counts.
@@ -122,6 +123,11 @@ class CacheConfig:
             raise ConfigError(f"max_cache_bytes={self.max_cache_bytes!r} was asked for; it is a number of bytes, or None for no limit.")
         if not is_ints(self.groups):
             raise ConfigError(f"groups={self.groups!r} was asked for; it is a tuple with the index of a keep profile for every step.")
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What a step graph takes beside the model's tensors and the caches: its index, and scores drawn at random if it uses them."""
+        return ("step", "random_scores") if self.scorer in ("random", "tome") else ("step",)
 
     @classmethod
     def paper(cls, ratio: float = 0.9, steps: int = 50, full_steps: int = 12) -> CacheConfig:

@@ -38,7 +38,7 @@ class StepTable:
     def step_inputs(self, step: int, device: torch.device) -> list[Tensor]:
         """What a step takes between the model's tensors and the caches: its index, and random scores if it uses them."""
         inputs = [torch.full((), float(step), device=device)]
-        if self.plan.config.scorer == "random":
+        if "random_scores" in self.plan.config.extras:
             draw = torch.Generator().manual_seed(step)  # the same for both guidance branches
             inputs.append(torch.rand(self.random_shape, generator=draw).to(device))
         return inputs

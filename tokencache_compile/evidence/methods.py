@@ -10,7 +10,7 @@ from torch import nn
 
 from tokencache_compile.api import transform
 from tokencache_compile.artefact import CacheArtefact
-from tokencache_compile.baselines import deepcache, delta_dit, fora, toca
+from tokencache_compile.baselines import deepcache, delta_dit, fora, toca, tome
 from tokencache_compile.plan import CacheConfig, Selection
 from tokencache_compile.schedule import Schedule
 
@@ -68,10 +68,12 @@ def spacings(steps: int) -> dict[str, Schedule]:
 
 
 def of_blocks(steps: int, blocks: int, tokens: int) -> list[Method]:
-    """Published methods that depend on how many blocks and tokens a model has."""
+    """Published methods that depend on how many blocks and tokens a model has, and on tokens that lie on a grid."""
     found = [cached(f"DeepCache, every {every}", deepcache(blocks, tokens, every), family="DeepCache") for every in (2, 3, 4)]
     half = delta_dit(blocks, tokens, blocks // 2, steps // 2)
-    return [*found, cached("Δ-DiT, half of the blocks", half, family="Δ-DiT"), cached("ToCa", toca(steps, blocks, tokens), family="ToCa")]
+    found.append(cached("Δ-DiT, half of the blocks", half, family="Δ-DiT"))
+    found.append(cached("ToCa", toca(steps, blocks, tokens), family="ToCa"))
+    return [*found, cached("ToMe's tokens, ratio 0.9, every 4", tome(), family="ToMe")]
 
 
 def standard_methods(steps: int, guided: bool, artefact: CacheArtefact | None = None) -> list[Method]:

@@ -197,7 +197,9 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file, appended to.")],
     samples: int = 20,
     threads: int = 1,
-    parts: Annotated[str, typer.Option(help="Which parts, commas between.")] = "guided,latency,spend-50,unguided,latency-unguided,spend-20,spend-100",
+    parts: Annotated[
+        str, typer.Option(help="Which parts, commas between.")
+    ] = "guided,latency,spend-50,unguided,latency-unguided,spend-20,spend-100",
 ) -> None:
     """Measure the rows that are missing."""
     torch.set_num_threads(threads)

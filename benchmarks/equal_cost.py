@@ -161,7 +161,7 @@ class Bench:
             for every, name in names.items():
                 self.keep(name, cached, tc.Schedule(every), GUIDANCE, steps, part="spend", ratio=ratio, every=every)
 
-    def latency(self) -> None:
+    def latency(self, guidance: float) -> None:
         """Whole runs of 50 steps, compiled, in turn with the compiled uncached model's; the margin is over fewer steps of that latency.
 
         Seconds are those of the CPU: on one thread that is what an idle machine's clock shows, and other work does not count.
@@ -170,23 +170,24 @@ class Bench:
         settings = {f"{context}, forecast {base.forecast}": replace(base, context=context) for context in get_args(Context)}
         settings["kept, forecast 0"] = replace(base, context="kept", forecast=0)
         settings["nothing recomputed, forecast 2"] = replace(base, ratio=1.0, scorer="random")
-        for name, config in settings.items():
+        for setting, config in settings.items():
+            name = f"guidance {guidance:g}: {setting}"
             if name in self.result["latency"]:
                 continue
-            cached, uncached, schedule = self.cached(config, GUIDANCE, "inductor"), self.uncached(GUIDANCE), tc.Schedule(4)
-            value = psnr(self.run(cached.begin(schedule), 50, GUIDANCE), self.reference(GUIDANCE, 50))
+            cached, uncached, schedule = self.cached(config, guidance, "inductor"), self.uncached(guidance), tc.Schedule(4)
+            value = psnr(self.run(cached.begin(schedule), 50, guidance), self.reference(guidance, 50))
             ratios = []
             for _ in range(LATENCY_ROUNDS):
                 seconds = []
                 for transformer in (uncached, cached.begin(schedule)):
                     start = time.process_time()
-                    self.run(transformer, 50, GUIDANCE)
+                    self.run(transformer, 50, guidance)
                     seconds.append(time.process_time() - start)
                 ratios.append(seconds[1] / seconds[0])
             ratio = statistics.median(ratios)
-            margin = value - self.plain(GUIDANCE, 50, 50 * ratio)
-            cost = cached.cost(schedule, 50)
+            margin, cost = value - self.plain(guidance, 50, 50 * ratio), cached.cost(schedule, 50)
             row = dict(latency_ratio=ratio, ratios=ratios, psnr_db=value, margin_db=margin, full_step_equivalents=cost)
+            row["margin_at_macs_db"] = value - self.plain(guidance, 50, cost)
             self.result["latency"][name] = row
             self.save()
             print(f"latency {name:40s} {ratio:.3f}  {value:6.2f} dB  {margin:+6.2f} dB", flush=True)
@@ -196,13 +197,16 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file, appended to.")],
     samples: int = 20,
     threads: int = 1,
-    parts: Annotated[str, typer.Option(help="Which parts, commas between.")] = "guided,spend-50,unguided,latency,spend-20,spend-100",
+    parts: Annotated[
+        str, typer.Option(help="Which parts, commas between.")
+    ] = "guided,latency,spend-50,unguided,latency-unguided,spend-20,spend-100",
 ) -> None:
     """Measure the rows that are missing."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     bench = Bench(out, samples)
-    measure = {"guided": lambda: bench.contexts(GUIDANCE), "unguided": lambda: bench.contexts(1.0), "latency": bench.latency}
+    measure = {"guided": lambda: bench.contexts(GUIDANCE), "unguided": lambda: bench.contexts(1.0)}
+    measure |= {"latency": lambda: bench.latency(GUIDANCE), "latency-unguided": lambda: bench.latency(1.0)}
     measure |= {f"spend-{steps}": partial(bench.spend, steps) for steps in (20, 50, 100)}
     for part in parts.split(","):
         measure[part]()

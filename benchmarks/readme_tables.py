@@ -139,22 +139,23 @@ def orderings() -> str:
 
 
 def contexts() -> str:
-    """Contexts and forecasts at equal MACs, guided and not, and where it was measured at equal latency."""
+    """Contexts and forecasts at equal MACs and, where it was measured, at equal latency: guided and not."""
     result = read(EQUAL_COST)
     rows = []
-    for context, forecast in itertools.product(("reuse", "full", "cached", "kept"), (2, 1, 0)):
-        guided, plain = (result["rows"][f"guidance {guidance}: {context}, forecast {forecast}"] for guidance in ("2.5", "1"))
-        clock = result["latency"].get(f"{context}, forecast {forecast}")
-        timed = [f"{clock['latency_ratio']:.3f}", f"{clock['margin_db']:+.1f}"] if clock else ["–", "–"]
-        figures = [f"{guided['full_step_equivalents'] / 50:.3f}", f"{guided['psnr_db']:.1f}", f"{guided['margin_db']:+.1f}", *timed]
-        rows.append([context, str(forecast), *figures, f"{plain['psnr_db']:.1f}", f"{plain['margin_db']:+.1f}"])
-    bare = result["latency"].get("nothing recomputed, forecast 2")
-    if bare:
-        macs = bare["full_step_equivalents"] / 50
-        psnr, free = f"{bare['psnr_db']:.1f}", result["rows"]["50 steps: ratio 1, every 4"]["margin_db"]
-        rows.append(["nothing recomputed", "2", f"{macs:.3f}", psnr, f"{free:+.1f}", f"{bare['latency_ratio']:.3f}", f"{bare['margin_db']:+.1f}", "–", "–"])
-    head = ["context", "forecast", "MACs", "PSNR, guided (dB)", "margin at equal MACs", "latency", "margin at equal latency", "PSNR, unguided", "margin at equal MACs"]
-    return table(head, rows)
+    settings = [(f"{context}, forecast {forecast}", context, forecast) for context in ("reuse", "full", "cached", "kept") for forecast in (2, 1, 0)]
+    for setting, context, forecast in [*settings, ("nothing recomputed, forecast 2", "nothing recomputed", 2)]:
+        cells = [context, str(forecast)]
+        for guidance in ("2.5", "1"):
+            clock = result["latency"].get(f"guidance {guidance}: {setting}")
+            row = result["rows"].get(f"guidance {guidance}: {setting}")
+            if row is None:  # with nothing recomputed the context does not matter
+                row = {**clock, "margin_db": clock["margin_at_macs_db"]}
+            cells += [f"{row['full_step_equivalents'] / 50:.3f}"] if guidance == "2.5" else []
+            cells += [f"{row['psnr_db']:.1f}", f"{row['margin_db']:+.1f}"]
+            cells += [f"{clock['latency_ratio']:.3f}", f"{clock['margin_db']:+.1f}"] if clock else ["–", "–"]
+        rows.append(cells)
+    margins = ["margin at equal MACs", "latency", "margin at equal latency"]
+    return table(["context", "forecast", "MACs", "PSNR, guided (dB)", *margins, "PSNR, unguided", *margins], rows)
 
 
 def spending() -> str:
@@ -279,7 +280,7 @@ MACs are counted. {orderings()}
 
 {learned_rows("IX ")}
 
-**Contexts and forecasts at equal cost** (this table and the next were measured when the predictor's tokens were still selected by its logits, which is up to 0.2 dB worse): the trained predictor at ratio 0.9, an I-step every 4th of 50 steps, {equal["settings"]["samples"]} noises. MACs and latency are shares of the uncached run's (latency: whole \
+**Contexts and forecasts at equal cost**: the trained predictor at ratio 0.9, an I-step every 4th of 50 steps, {equal["settings"]["samples"]} noises. MACs and latency are shares of the uncached run's (latency: whole \
 compiled runs on one thread in turn, in CPU seconds); a margin (dB) is over the best of the plain sampler with no more steps than that pays for.
 
 {contexts()}

@@ -213,6 +213,7 @@ def test_prepared_steps_are_the_ones_that_run() -> None:
     model = build("dit", layers=2)
     dispatcher, scheduler = watched(model, last_k=0, backend="inductor")
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     dispatcher.prepare(inputs("dit"))
     with torch._dynamo.config.patch(error_on_recompile=True):
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import socket
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
+from processes import two_processes
 from test_bench import STEPS, plain_run, subject
 from test_bench import load as load_net
 from test_judges import network, normal
@@ -68,17 +66,6 @@ def test_noise_depends_on_the_number_alone() -> None:
 
 # --- shares and going on -----------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-import test_shards
-test_shards.share_of_this_process(Path(sys.argv[2]))
-"""
-
-
 def share_of_this_process(folder: Path) -> None:
     state = PartialState(cpu=True)
     assert (state.num_processes, state.backend) == (2, "gloo")
@@ -87,32 +74,8 @@ def share_of_this_process(folder: Path) -> None:
 
 def test_two_processes_draw_what_one_draws(tmp_path: Path) -> None:
     """On gloo, started as accelerate's launcher starts them: the same files, byte by byte."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    several = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), os.environ.get("PYTHONPATH", "")])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(root), str(tmp_path / "two")],
-            env=os.environ | several | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
+    with two_processes("test_shards", "share_of_this_process", tmp_path / "two"):
         one = drawn(tmp_path / "one", RANDOM)
-        for worker in workers:
-            _, errors = worker.communicate(timeout=240)
-            assert worker.returncode == 0, errors[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
     assert contents(Shards(tmp_path / "two", COUNT, SIZE)) == contents(one)
 
 

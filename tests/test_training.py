@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +16,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from plain_loop import Conditioning, PlainLoop, after_attention, forecast_update, modulate, run_full
 from plain_run import assert_close, make_predictor
+from processes import two_processes
 from safetensors.torch import load_file, save_file
 from tiny import LAYERS, ROWS, TOKENS, Model, build, conditions, inputs, sample, sampler
 from torch import Tensor
@@ -540,17 +537,6 @@ def test_a_finished_run_is_returned_as_it_is(tmp_path: Path, whole: Run) -> None
 
 # --- several processes -------------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-import test_training
-test_training.runs_of_processes(Path(sys.argv[2]))
-"""
-
-
 def runs_of_processes(out: Path) -> None:
     """What one process, or each of several, trains: with a cost term, and with a budget under a stochastic solver."""
     train(out / "cost", steps=20, lr=1e-4)
@@ -560,32 +546,8 @@ def runs_of_processes(out: Path) -> None:
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
     """The same global batch, on gloo: the same losses, gates and weights but for rounding."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    several = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true")
-    root = Path(__file__).parent
-    path = os.pathsep.join([str(root.parent), os.environ.get("PYTHONPATH", "")])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(root), str(tmp_path / "two")],
-            env=os.environ | several | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
+    with two_processes("test_training", "runs_of_processes", tmp_path / "two"):
         runs_of_processes(tmp_path / "one")
-        for worker in workers:
-            _, errors = worker.communicate(timeout=120)
-            assert worker.returncode == 0, errors[-3000:]
-    finally:
-        for worker in workers:
-            worker.kill()
     for name in ("cost", "budget"):
         one, two = log_of(tmp_path / "one" / name), log_of(tmp_path / "two" / name)
         assert len(two) == len(one) == (20 if name == "cost" else 10)

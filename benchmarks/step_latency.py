@@ -113,10 +113,10 @@ def main(
         rows = {"model": dict(seconds=medians["model"]), "I": dict(seconds=medians["I"], gmacs=macs_full / 1e9)}
         for name, program in programs.items():
             macs = program.macs_cached[0]
-            share = medians[f"ahead, {name}"] / steps[name].num_ahead
-            time_ratio = statistics.median((p + share) / i for p, i in zip(times[f"P, {name}"], times["I"], strict=True))
+            cached = steps[name].with_share(times[f"P, {name}"], times[f"ahead, {name}"])
+            time_ratio = statistics.median(p / i for p, i in zip(cached, times["I"], strict=True))
             rows[f"P, {name}"] = dict(
-                seconds=medians[f"P, {name}"] + share, ahead_seconds=medians[f"ahead, {name}"], ahead_steps=steps[name].num_ahead,
+                seconds=statistics.median(cached), ahead_seconds=medians[f"ahead, {name}"], ahead_steps=steps[name].num_ahead,
                 gmacs=macs / 1e9, macs_ratio=macs / macs_full, time_ratio=time_ratio,
                 time_over_macs=time_ratio / (macs / macs_full),
             )  # fmt: skip

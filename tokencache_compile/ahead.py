@@ -62,7 +62,7 @@ class HoistedEngine:
 
         Args:
             inputs: the model's tensors.
-            to_come: timesteps of P-steps, from this one on.
+            to_come: timesteps of P-steps, from this one on; read where this one's values are not known.
         """
         call = dict(zip(self._names, inputs, strict=True))
         times = call[self._hoisted.timestep]

@@ -301,15 +301,16 @@ class StepDispatcher(nn.Module, ABC):
     ) -> tuple[Engine, list[Tensor]] | None:
         """The P-step whose conditioning is made ahead, with its values; None where the steps to come are not known."""
         hoisted, plan = compiled.hoisted[group], compiled.steps.plan
-        schedule = hoisted.schedule(tensors, self._tracker.watch.timesteps, request.step, timestep) if hoisted is not None else None
-        if hoisted is None or schedule is None:
+        if hoisted is None:
             return None
-        to_come = [
-            schedule[step]
-            for step in range(request.step, len(schedule))
-            if not plan.config.schedule.is_full(step) and plan.profile_of(step) == group
-        ]
-        values = hoisted.values(state.ahead.setdefault(group, Ahead()), tensors, timestep, to_come)
+        known, to_come = state.ahead.setdefault(group, Ahead()), list[float]()
+        if timestep not in known.values:
+            schedule = hoisted.schedule(tensors, self._tracker.watch.timesteps, request.step, timestep)
+            if schedule is None:
+                return None
+            of_group = (n for n in range(request.step, len(schedule)) if plan.profile_of(n) == group)
+            to_come = [schedule[n] for n in of_group if not plan.config.schedule.is_full(n)]
+        values = hoisted.values(known, tensors, timestep, to_come)
         return None if values is None else (hoisted.engine, values)
 
     # -- what happened --------------------------------------------------------------------------------------------

@@ -108,22 +108,32 @@ class ForecastRun:
 
 
 class SelectedRun(ScoredRun):
-    """P-steps whose tokens are those of the scores called ``name``: :class:`ScoredRun`'s and two more."""
+    """P-steps whose tokens are those of the scores called ``name``: :class:`ScoredRun`'s and three more."""
 
     def __call__(self, rows: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool) -> tuple[Tensor]:
-        step, stamps, before = self.step, self._cache("stamps"), self._histories()
+        forecasts = self._forecasts()
+        if self.name == "true error" and not self.steps.plan.config.schedule_of(STEPS).is_full(self.step):
+            extras = [torch.tensor(float(self.step)), torch.zeros(self.steps.random_shape)]
+            _, caches = self.engines[0]([rows, timestep, class_labels], extras, [cache.clone() for cache in self.caches])
+            self.missed = self._distances(forecasts, caches)
+        step = self.step
         result = super().__call__(rows, timestep, class_labels, return_dict)
-        if self.steps.plan.config.schedule.is_full(step):
-            weights = forecast_weights(stamps, torch.tensor(float(step)), 2)
-            pairs = zip(self._histories(), before, strict=True)
-            self.missed = [(now[0] - extrapolate(old, weights)).norm(dim=-1) for now, old in pairs]
+        if self.name == "forecast error" and self.steps.plan.config.schedule_of(STEPS).is_full(step):
+            self.missed = self._distances(forecasts, self.caches)
         return result
 
-    def _histories(self) -> list[list[Tensor]]:
-        return [[self._cache(f"update_{block:02d}_{back}") for back in range(3)] for block in range(BLOCKS)]
+    def _forecasts(self) -> list[Tensor]:
+        """The update [rows, N, C] that each block is forecast to have at this step."""
+        weights = forecast_weights(self._cache("stamps"), torch.tensor(float(self.step)), 2)
+        return [extrapolate([self._cache(f"update_{block:02d}_{back}") for back in range(3)], weights) for block in range(BLOCKS)]
+
+    def _distances(self, forecasts: Sequence[Tensor], caches: Sequence[Tensor]) -> list[Tensor]:
+        """Each block's error of ``forecasts`` [rows, N] to the newest updates in ``caches``."""
+        names = [spec.name for spec in self.steps.full.caches]
+        return [(caches[names.index(f"update_{block:02d}_0")] - one).norm(dim=-1) for block, one in enumerate(forecasts)]
 
     def _scores(self, kwargs: dict[str, Any], rows: int) -> Sequence[Tensor]:
-        if self.name == "forecast error":  # at the last I-step
+        if self.name in ("forecast error", "true error"):
             return self.missed
         if self.name == "one draw for all blocks":
             draw = torch.rand(1, self.steps.plan.tokens, generator=torch.Generator().manual_seed(self.step))
@@ -185,7 +195,7 @@ def rows(bench: Bench, moments: Tensor) -> Iterator[tuple[str, str, Callable[[],
     def selected(config: CacheConfig, name: str, weights: Any = forecast_weights) -> tuple[Any, float]:
         with patch("tokencache_compile.passes.cached_step.forecast_weights", weights):
             steps = build_steps(bench.net, bench.call, config, None)
-        return SelectedRun(bench.net, steps, engines_of(steps), name), macs(steps, config.schedule)
+        return SelectedRun(bench.net, steps, engines_of(steps), name), macs(steps, config.schedule_of(STEPS))
 
     forecasts: dict[str, Forecast] = {
         "the default: polynomial": partial(damped, damping=1.0),
@@ -215,8 +225,10 @@ def rows(bench: Bench, moments: Tensor) -> Iterator[tuple[str, str, Callable[[],
             "random, twice as many in the second half": partial(selected, second, "random"),
             "largest change": partial(selected, config, "change"),
             "largest change, one selection a guidance pair": partial(selected, pair, "change"),
-            "largest forecast error": partial(selected, config, "forecast error"),
+            "largest forecast error": partial(selected, config, "forecast error"),  # at the last I-step
             "largest forecast error, one selection a guidance pair": partial(selected, pair, "forecast error"),
+            "the forecast's true error, known": partial(selected, config, "true error"),  # from the uncached step: a bound, no method
+            "the forecast's true error, known, one selection a guidance pair": partial(selected, pair, "true error"),
         }
         for name, make in tokens.items():
             yield "tokens", f"every {every}: {name}", make

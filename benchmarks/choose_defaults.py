@@ -29,8 +29,8 @@ BASE = dict(ratio=0.9, last_k=0, context="reuse", forecast=2, history="full_step
 
 
 def grid() -> list[dict[str, Any]]:
-    """The settings measured: fields of CacheConfig (``every`` stands for the schedule), varied around the defaults."""
-    changes: list[dict[str, Any]] = [{}]
+    """The settings measured: fields of CacheConfig (``every`` stands for the schedule, None for the default one), varied around BASE."""
+    changes: list[dict[str, Any]] = [{}, dict(every=None)]
     changes += [dict(last_k=k) for k in (2, 4)]
     changes += [dict(context=c) for c in ("kept", "cached", "full")]
     changes += [dict(forecast=order) for order in (0, 1)]
@@ -76,7 +76,8 @@ def main(
         if json.dumps(row, sort_keys=True) in done:
             continue
         settings = dict(row)
-        config = CacheConfig(schedule=tc.Schedule(every=settings.pop("every")), **settings)
+        every = settings.pop("every")
+        config = CacheConfig(schedule=None if every is None else tc.Schedule(every), **settings)
         cached = tc.transform(net, config=config, backend="eager", scheduler=scheduler)
         value = psnr(run(cached, steps), reference)
         summary = cached.summary()

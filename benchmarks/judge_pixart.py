@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,10 +31,12 @@ from torch import Tensor
 from train_pixart import SCHEDULER_CONFIG
 
 import tokencache_compile as tc
+from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.metrics import psnr
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, RESULT = ROOT / "tokencache_compile" / "reference" / "pixart", ROOT / "benchmarks" / "results" / "judge_pixart.json"
+ARTEFACT = MODEL.parent / "cache_pixart"
 PAGE, SHEET = ROOT / "docs" / "text_to_image.md", ROOT / "docs" / "text_to_image.png"
 STEPS, FEWER_STEPS, GUIDANCE, BATCH, MIN_SPEED_UP = 20, 10, 2.0, 65, 1.9
 
@@ -41,14 +44,21 @@ Settings = dict[str, Any]
 # I-steps and ratios that come to at least 1.9x fewer MACs of 20 steps. The late steps decide most here, so some I-steps crowd there.
 LATE, FEWER_LATE = (0, 3, 6, 9, 11, 13, 15, 17, 18, 19), (0, 4, 8, 11, 14, 16, 18, 19)
 EVEN, EVERY_THIRD = tuple(range(0, STEPS, 2)), tuple(range(0, STEPS, 3))
+EVEN_AND_LAST = (*EVEN, STEPS - 1)  # what the package takes for 20 steps where nothing is asked for; 1.7x
 SEARCH: tuple[Settings, ...] = (
     dict(full=LATE, ratio=1.0, forecast=0),
     dict(full=LATE, ratio=1.0, forecast=1),
     dict(full=LATE, ratio=1.0, forecast=2),
     dict(full=EVEN, ratio=1.0, forecast=0),
     dict(full=EVEN, ratio=1.0, forecast=1),
+    dict(full=EVEN_AND_LAST, ratio=0.9, forecast=2),
+    dict(full=EVEN_AND_LAST, ratio=1.0, forecast=2),
     dict(full=FEWER_LATE, ratio=0.9, forecast=1),
     dict(full=FEWER_LATE, ratio=0.9, forecast=1, scorer="change"),
+    dict(full=FEWER_LATE, ratio=0.9, forecast=1, scorer="predictor"),
+    dict(full=FEWER_LATE, ratio=0.9, forecast=1, last_k=2),
+    dict(full=FEWER_LATE, ratio=0.9, forecast=1, scorer="predictor", last_k=2),
+    dict(full=FEWER_LATE, ratio=0.9, forecast=1, scorer="predictor", last_k=2, adapter="LoRA"),
     dict(full=FEWER_LATE, ratio=0.9, forecast=0, context="kept", history="computed"),
     dict(full=EVERY_THIRD, ratio=0.9, forecast=1),
     dict(full=EVERY_THIRD, ratio=0.9, forecast=0, context="kept", history="computed"),
@@ -57,15 +67,15 @@ SEARCH: tuple[Settings, ...] = (
 
 def config_of(settings: Settings) -> tc.CacheConfig:
     """One selection for both halves of a guided batch; everything else as ``settings`` say."""
-    rest = {name: value for name, value in settings.items() if name != "full"}
+    rest = {name: value for name, value in settings.items() if name not in ("full", "adapter")}
     return tc.CacheConfig(selection="pair", schedule=tc.Schedule(full=tuple(settings["full"])), **rest)
 
 
 class Bench:
     """The model in its pipeline, the captions encoded, the judges trained."""
 
-    def __init__(self, model: Path, out: Path) -> None:
-        self.out, self.emoji = out, load_emoji()
+    def __init__(self, model: Path, artefact: Path, out: Path) -> None:
+        self.artefact, self.out, self.emoji = artefact, out, load_emoji()
         self.states, self.masks = encode(self.emoji.captions)
         self.null_states, self.null_masks = encode([""])
         net = PixArtTransformer2DModel.from_pretrained(model, torch_dtype=torch.bfloat16).eval()
@@ -91,9 +101,17 @@ class Bench:
         aside.write_text(json.dumps(self.result, indent=1) + "\n")
         os.replace(aside, self.out)
 
-    def draw(self, pairs: Tensor, noise: Tensor, config: tc.CacheConfig, steps: int) -> tuple[Tensor, float]:
+    def plan_of(self, settings: Settings) -> tc.CacheConfig | CacheArtefact:
+        """The settings as :func:`config_of` has them, with what train_pixart_cache.py trained where they name it."""
+        config = config_of(settings)
+        if config.scorer != "predictor":
+            return config
+        trained = CacheArtefact.from_pretrained(self.artefact, self.pipe.transformer)
+        return replace(trained, config=config, lora_path=trained.lora_path if "adapter" in settings else None)
+
+    def draw(self, pairs: Tensor, noise: Tensor, plan: tc.CacheConfig | CacheArtefact, steps: int) -> tuple[Tensor, float]:
         """One image for each of ``pairs`` and row of ``noise``, and the MACs of one, with guidance."""
-        pipe = tc.transform(self.pipe, config=config, backend="eager")
+        pipe = tc.transform(self.pipe, plan, backend="eager")
         done = []
         for part, latents in zip(pairs.split(BATCH), noise.split(BATCH), strict=True):
             null = {"negative_prompt_embeds": self.null_states.bfloat16(), "negative_prompt_attention_mask": self.null_masks}
@@ -118,7 +136,7 @@ class Bench:
             images, few_macs = self.draw(pairs, noise, tc.CacheConfig(ratio=0.0), FEWER_STEPS)
             self.result["search_plain"] = {"psnr_db": psnr(images, reference), "speed_up": macs / few_macs}
             for settings in missing:
-                images, cached_macs = self.draw(pairs, noise, config_of(settings), STEPS)
+                images, cached_macs = self.draw(pairs, noise, self.plan_of(settings), STEPS)
                 rows[named(settings)] = {"settings": settings, "psnr_db": psnr(images, reference), "speed_up": macs / cached_macs}
                 print(named(settings), rows[named(settings)], flush=True)
                 self.save()
@@ -142,8 +160,8 @@ class Bench:
         noise = torch.randn(len(pairs), 3, 32, 32, generator=torch.Generator().manual_seed(0))
         first: dict[str, Tensor] = {}
         for name, (settings, steps) in runs.items():
-            config = tc.CacheConfig(ratio=0.0) if settings is None else config_of(settings)
-            images, macs = self.draw(pairs, noise, config, steps)
+            plan = tc.CacheConfig(ratio=0.0) if settings is None else self.plan_of(settings)
+            images, macs = self.draw(pairs, noise, plan, steps)
             first[name] = images[:count]
             if name == UNCACHED:
                 reference, full_macs = images, macs
@@ -164,6 +182,7 @@ class Bench:
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the PixArt, as save_pretrained wrote it.")] = MODEL,
+    artefact: Annotated[Path, typer.Option(help="What train_pixart_cache.py made for it.")] = ARTEFACT,
     out: Annotated[Path, typer.Option(help="JSON file; settings that its search has are not run again.")] = RESULT,
     noises: Annotated[int, typer.Option(help="Noises a caption of the judged runs, 2 or more.", min=2)] = 6,
     page_only: Annotated[bool, typer.Option(help="Measure nothing, write the page from the JSON.")] = False,
@@ -173,7 +192,7 @@ def main(
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     if not page_only:
-        bench = Bench(model, out)
+        bench = Bench(model, artefact, out)
         bench.judge(bench.search(), noises)
     PAGE.write_text(page(json.loads(out.read_text()), MIN_SPEED_UP))
 

@@ -171,7 +171,7 @@ class Bench:
             images, predictions = self._run(
                 f"VI {name}", lambda: ScoredRun(self.net, steps, engines, name, self.artefact.predictor, stack), STEPS
             )
-            full = sum(plain.schedule.is_full(i) for i in range(STEPS))
+            full = sum(plain.schedule_of(STEPS).is_full(i) for i in range(STEPS))
             return images, predictions, full + (STEPS - full) * steps.macs_cached[0] / steps.macs_full
 
         self._keep(f"VI selector: {name}", run)

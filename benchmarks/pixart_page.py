@@ -16,6 +16,8 @@ UNCACHED, CACHED, FEWER = "uncached", "cached", "fewer steps"
 def named(settings: dict[str, Any]) -> str:
     """ "I-steps 0 3 6 9, ratio 0.8, forecast 1, change" """
     more = [str(settings[name]) for name in ("context", "scorer") if name in settings]
+    more += [f"K = {settings['last_k']}"] if "last_k" in settings else []
+    more += [settings["adapter"]] if "adapter" in settings else []
     return ", ".join([f"I-steps {' '.join(map(str, settings['full']))}", f"ratio {settings['ratio']:g}", f"forecast {settings['forecast']}", *more])
 
 

@@ -97,7 +97,7 @@ class ScoredRun:
     def __call__(self, rows: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool) -> tuple[Tensor]:
         plan = self.steps.plan
         kwargs = dict(hidden_states=rows, timestep=timestep, class_labels=class_labels)
-        full = plan.config.schedule.is_full(self.step)
+        full = plan.config.schedule_of(None).is_full(self.step)
         scores = torch.zeros(self.steps.random_shape)
         if full and self.name in ("tome", "toca"):
             self.seen = observe(self.model, kwargs)
@@ -131,7 +131,7 @@ class ScoredRun:
             found = []
             for block in blocks:
                 self.age[block] += 1
-                found.append(toca_scores(self.seen.received[block], self.age[block], plan.config.schedule.every))
+                found.append(toca_scores(self.seen.received[block], self.age[block], plan.config.schedule_of(None).every))
                 if profile[block]:
                     self.age[block].scatter_(1, found[-1].topk(profile[block], dim=1, sorted=False).indices, 0.0)
             return found

@@ -41,7 +41,7 @@ def main(
     result = tune(net, scheduler, noise, conditions, steps, Goal(psnr=bar), search, budget=budget, measure_latency=latency)
     rows = [
         dict(
-            ratio=c.config.ratio, last_k=c.config.last_k, every=c.config.schedule.every, context=c.config.context,
+            ratio=c.config.ratio, last_k=c.config.last_k, schedule=str(c.config.schedule_of(steps)), context=c.config.context,
             forecast=c.config.forecast, psnr_db=c.psnr, macs_speedup=c.speedup, latency_speedup=c.latency_speedup,
         )
         for c in (result.best, *result.front)

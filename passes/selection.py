@@ -51,7 +51,7 @@ def select(step: StepGraph, plan: CachePlan, block: Block, inputs: list[Node], k
     if config.scorer == "attention" and names.score is not None and names.stamps is not None:
         received, stamps = step.cache_in[names.score.name], step.cache_in[names.stamps.name]
         grid = grid_of_cells(block.fqn, stream, TOCA_CELL, config.scorer)
-        own = toca_score(received, stamps, step.extras["step"], config.schedule.every, grid)
+        own = toca_score(received, stamps, step.extras["step"], config.schedule_of(None).every, grid)
     elif names.score is not None:
         own = step.cache_in[names.score.name]
     elif config.scorer == "random":

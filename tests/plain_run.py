@@ -94,7 +94,8 @@ def reference_run(
             with torch.no_grad():
                 scores = predictor(*args, **kwargs)[:, : len(profiles[0])]
         loop.keep = list(profiles[config.groups[min(step, len(config.groups) - 1)] if config.groups else 0])
-        full = (config.schedule.full is None and step % config.schedule.every == 0) or step in (config.schedule.full or ())
+        every, listed = (4, None) if config.schedule is None else (config.schedule.every, config.schedule.full)
+        full = (listed is None and step % every == 0) or step in (listed or ())
         loop.model = model if full or refined is None else refined
         if not full:
             seen = [state.score for state in loop.state] if scores is None else list(scores.unbind(1))

@@ -465,7 +465,7 @@ def test_listed_names(folder: Path, model: Model) -> None:
         ({"schedule": {"every": 0, "full": None}}, r"\.schedule: every=0"),
         ({"schedule": {"every": 2, "full": [1, 2]}}, r"\.schedule: full=\(1, 2\)"),
         ({"schedule": {"every": 2}}, r"\.schedule has every for a Schedule; exactly every, full are needed"),
-        ({"schedule": None}, r"\.schedule is None, where an object is needed"),
+        ({"schedule": 4}, r"\.schedule is 4, where an object is needed"),
         ({"speed": 2}, r" has cache_dtype, .*speed for a CacheConfig; exactly"),
     ],
 )

@@ -43,7 +43,7 @@ STEPS = 10
 FILES = {"manifest.json", "weights.safetensors", "full.onnx", "cached_0.onnx"}
 
 
-SETTINGS: dict[str, Any] = {"scorer": "random", "last_k": 0, "ratio": 0.7}  # no selection hangs on rounding
+SETTINGS: dict[str, Any] = {"scorer": "random", "last_k": 0, "ratio": 0.7, "schedule": Schedule(4)}  # no selection hangs on rounding
 
 
 def model() -> Model:

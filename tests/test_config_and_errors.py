@@ -70,7 +70,6 @@ def test_ratio(model: Model, ratio: Any) -> None:
         {"scorer": 3},
         {"selection": "token"},
         {"schedule": 4},
-        {"schedule": None},
         {"keep": ()},
         {"keep": (3, 3, 3)},
         {"keep": ((3.0, 3.0, 3.0),)},
@@ -162,11 +161,30 @@ def test_uniform_schedules_have_as_many_full_steps_as_asked_for(steps: int, full
     assert max(gaps) - min(gaps) <= 1
 
 
+@pytest.mark.parametrize(
+    ("steps", "full"),
+    [
+        (1, [0]),
+        (4, [0, 2, 3]),
+        (20, [*range(0, 20, 2), 19]),
+        (35, list(range(0, 35, 2))),
+        (36, [*range(0, 36, 3), 35]),
+        (50, [*range(0, 50, 4), 49]),
+        (100, [*range(0, 100, 4), 99]),
+    ],
+)
+def test_the_default_schedule_is_denser_in_short_runs_and_ends_in_an_i_step(steps: int, full: list[int]) -> None:
+    schedule = CacheConfig().schedule_of(steps)
+    assert [step for step in range(steps) if schedule.is_full(step)] == full
+    assert CacheConfig(schedule=Schedule(3)).schedule_of(steps) == Schedule(3), "a schedule that was asked for stays"
+    assert CacheConfig().schedule_of(None) == Schedule(4), "the number of steps is not known"
+
+
 def test_paper_settings() -> None:
     config = CacheConfig.paper(steps=50)
     assert (config.ratio, config.last_k, config.context, config.forecast, config.history) == (0.9, 4, "kept", 0, "computed")
     assert config.scorer == "predictor" and CacheConfig.paper(steps=250, full_steps=50).last_k == 2
-    assert sum(config.schedule.is_full(step) for step in range(50)) == 12
+    assert sum(config.schedule_of(50).is_full(step) for step in range(50)) == 12
 
 
 @pytest.mark.parametrize(("ratio", "kept"), [(0.9, 2), (0.5, 8), (0.97, 0), (0.96, 1), (0.01, 16), (1.0, 0), (1, 0)])

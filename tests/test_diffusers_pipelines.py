@@ -17,14 +17,14 @@ from tokencache_compile import CacheConfig, ConfigError, Dispatcher, Schedule, S
 from tokencache_compile.export.inductor import compile_step
 from tokencache_compile.passes import pipeline as passes
 
-STEPS = (("I", 0), ("P", 1), ("P", 2), ("P", 3), ("I", 4), ("P", 5))  # of six, by the default schedule
+STEPS = (("I", 0), ("P", 1), ("I", 2), ("P", 3), ("I", 4), ("I", 5))  # of six, by the default schedule
 # The guidance branches: one call of both halves, or a call for each; some pipelines name them with cache_context.
 BRANCHES: dict[str, tuple[str, ...]] = dict.fromkeys(PIPELINES, ("branch 0",))
 BRANCHES |= dict.fromkeys(("CogVideoX", "LTX"), ("cond_uncond",))
 BRANCHES |= dict.fromkeys(("FLUX", "Wan", "HunyuanVideo", "Qwen-Image"), ("cond", "uncond"))
 BRANCHES["FLUX, inpainting"] = ("branch 0", "branch 1")
 # Where a run begins in the middle of the schedule: its own steps, or counted, as FLUX's timesteps are scaled.
-LATE = {"SD3, image to image": (("I", 1), ("P", 2), ("P", 3), ("I", 4), ("P", 5)), "FLUX, inpainting": STEPS[:5]}
+LATE = {"SD3, image to image": (("I", 1), ("I", 2), ("P", 3), ("I", 4), ("I", 5)), "FLUX, inpainting": STEPS[:5]}
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +76,9 @@ def test_pipeline(name: str) -> None:
     assert time is not None and time.shape == (2 if len(branches) == 1 else 1,), "both halves of guidance, or a call for each"
     plan, summary = pipe.transformer.plan, pipe.transformer.summary()
     assert {kept for r in reports if r.kind == "P" for kept in r.kept} == {round(0.1 * plan.tokens)}
-    assert (summary.full_steps, summary.cached_steps) == (2 * len(branches), (len(steps) - 2) * len(branches))
-    assert 0.2 < summary.macs_saved < 0.7
+    cached = sum(kind == "P" for kind, _ in steps)
+    assert (summary.full_steps, summary.cached_steps) == ((len(steps) - cached) * len(branches), cached * len(branches))
+    assert 0.1 < summary.macs_saved < 0.4
     assert near(got, expected, other) and torch.equal(run(pipe, given), got)
 
 
@@ -86,7 +87,7 @@ def test_controlnet_in_cached_steps() -> None:
     pipe, given = build("SD3, ControlNet")
     expected = run(pipe, given)
     assert not torch.allclose(run(pipe, given, controlnet_conditioning_scale=0.0), expected, atol=0.01)
-    transform(pipe, keep=((24,) * 4,), context="kept")
+    transform(pipe, keep=((24,) * 4,), context="kept", schedule=Schedule(4))
     assert torch.allclose(run(pipe, given), expected, atol=1e-5)
     assert pipe.transformer.plan.tokens == 24 and pipe.transformer.summary().cached_steps == 4
 
@@ -97,7 +98,7 @@ def test_bfloat16() -> None:
     expected, other = run(pipe, given), run(pipe, given, seed=1)
     transform(pipe, 0.0)
     assert pipe.transformer.dtype == torch.bfloat16 and torch.equal(run(pipe, given), expected)
-    transform(pipe, 0.9)
+    transform(pipe, 0.9, schedule=Schedule(4))
     assert near(run(pipe, given), expected, other) and pipe.transformer.summary().cached_steps == 8
 
 
@@ -105,7 +106,7 @@ def test_a_compiled_cached_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The P-step by inductor, I-steps left eager."""
     pipe, given = build("SD3")
     untouched = run(pipe, given)
-    transform(pipe, 0.9)
+    transform(pipe, 0.9, schedule=Schedule(4))
     expected = run(pipe, given)
     (engine,) = pipe.transformer.captured().cached
     monkeypatch.setattr(engine, "run", compile_step(engine.run))

@@ -22,7 +22,7 @@ LINEAR = torch.ops.aten.linear.default
 
 def watched(model: Model, **changes: Any) -> tuple[Model, Any]:
     scheduler = sampler(STEPS)
-    return transformed(model, scheduler=scheduler, **changes), scheduler
+    return transformed(model, scheduler=scheduler, **{"schedule": tc.Schedule(4)} | changes), scheduler
 
 
 def sampled(dispatcher: Model, scheduler: Any, given: dict[str, Any]) -> list[Tensor]:
@@ -140,7 +140,7 @@ def test_a_condition_that_changes_within_the_run_is_followed() -> None:
     model = build("dit")
     changing: list[list[Tensor]] = []
     for scheduler in (sampler(STEPS), None):
-        dispatcher = transformed(model, scheduler=scheduler)
+        dispatcher = transformed(model, scheduler=scheduler, schedule=tc.Schedule(4))
         calls = [call_of(dispatcher, conditions("dit", seed=seed)) for seed in (1, 6)]
         used = scheduler or sampler(STEPS)
         used.set_timesteps(STEPS)
@@ -157,7 +157,7 @@ def test_samples_at_different_timesteps_take_the_plain_step() -> None:
     model = build("dit")
     results = []
     for scheduler in (sampler(STEPS), None):
-        dispatcher = transformed(model, scheduler=scheduler)
+        dispatcher = transformed(model, scheduler=scheduler, schedule=tc.Schedule(4))
         given = conditions("dit")
         used = scheduler or sampler(STEPS)
         used.set_timesteps(STEPS)
@@ -172,7 +172,7 @@ def test_thousandths_of_a_known_schedule(known: bool, monkeypatch: pytest.Monkey
     family = FAMILIES["FluxTransformer2DModel (guidance)"]
     model, given = family.build()
     scheduler, other = FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()
-    dispatcher = tc.transform(model, ratio=0.5, last_k=0, backend="eager", scheduler=scheduler)
+    dispatcher = tc.transform(model, ratio=0.5, last_k=0, backend="eager", scheduler=scheduler, schedule=tc.Schedule(4))
     runs = count_ahead(monkeypatch)
     scheduler.set_timesteps(STEPS if known else 5)
     other.set_timesteps(STEPS)

@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, HeunDiscreteScheduler
 from tiny import ROWS, Call, Model, build, call_of, conditions, ddim, inputs, same_bits, sample, sampler, transformed
 from torch import Tensor, nn
 
-from tokencache_compile import InputError, StepReport
+from tokencache_compile import InputError, Schedule, StepReport
 
 STEPS = 10
 # the settings under which a P-step writes most: what it leaves behind is what could go wrong
-SETTINGS: dict[str, Any] = {"ratio": 0.75, "context": "cached", "history": "computed"}
+SETTINGS: dict[str, Any] = {"ratio": 0.75, "context": "cached", "history": "computed", "schedule": Schedule(4)}
 Before = Callable[[Model], object]
 
 
@@ -662,3 +662,19 @@ def test_modes_of_torch(model: Model, mode: str, first: str) -> None:
 
     results = [compare(entered() if (first == "mode") == (number % 2 == 0) else torch.no_grad()) for number in range(3)]
     assert {result.dtype for result in results} == ({torch.float32, torch.bfloat16} if mode == "autocast" else {torch.float32})
+
+
+@pytest.mark.parametrize(("steps", "full"), [(10, [0, 2, 4, 6, 8, 9]), (20, [*range(0, 20, 2), 19])])
+def test_the_default_schedule_follows_the_scheduler(model: Model, steps: int, full: list[int]) -> None:
+    """A watched scheduler tells how many steps the run has, at each of its runs; without one every 4th step is an I-step."""
+    for known, expected in ((True, full), (False, list(range(0, steps, 4)))):
+        scheduler = sampler(1)
+        dispatcher = transformed(model, **{**SETTINGS, "schedule": None}, scheduler=scheduler if known else None)
+        reports: list[StepReport] = []
+        dispatcher.step_callback = reports.append
+        for _ in range(2):
+            scheduler.set_timesteps(steps)
+            reports.clear()
+            ddim(call_of(dispatcher, conditions("dit")), sample(), steps, scheduler)
+            assert [report.step for report in reports if report.kind == "I"] == expected
+        assert dispatcher.summary().full_steps == len(expected)

@@ -204,7 +204,7 @@ def test_one_step_after_the_i_step_a_window_is_algorithm_1() -> None:
     ],
 )
 def test_history_of(schedule: Schedule, forecast: int, step: int, expected: tuple[int, ...]) -> None:
-    assert history_of(settings(schedule=schedule, forecast=forecast), step) == expected
+    assert history_of(settings(schedule=schedule, forecast=forecast), step, STEPS) == expected
 
 
 def multistep_solver() -> Any:

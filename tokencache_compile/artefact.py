@@ -134,9 +134,10 @@ class CacheArtefact:
     def _card(self) -> str:
         data = ModelCardData(library_name=LIBRARY, tags=["tokencache", "diffusion", "token-caching"])
         steps = f", calibrated for {self.steps} sampling steps" if self.steps is not None else ""
+        schedule = self.config.schedule_of(self.steps)
         return (
             f"---\n{data.to_yaml()}\n---\n\n# TokenCache plan for a {self.base['class']}\n\n"
-            f"Ratio {self.config.ratio}, I-steps: {self.config.schedule}{steps}. For exactly the base model whose fingerprint is in "
+            f"Ratio {self.config.ratio}, I-steps: {schedule}{steps}. For exactly the base model whose fingerprint is in "
             f'`{_MANIFEST}`.\n\n```python\npipe = tokencache_compile.transform(pipe, "this repository\'s id")\n```\n'
         )
 

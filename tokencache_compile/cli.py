@@ -68,12 +68,12 @@ def demo(
         console.print(f"Written: {picture} and {figures}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _schedule(every: int, full: str | None) -> Schedule:
-    """The schedule of ``--every`` and ``--full``."""
+def _schedule(every: int | None, full: str | None) -> Schedule | None:
+    """The schedule of ``--every`` and ``--full``; None where neither was given."""
     if full is None:
-        return Schedule(every)
+        return None if every is None else Schedule(every)
     try:
-        return Schedule(every, tuple(int(part) for part in full.split(",")))
+        return Schedule(every or Schedule().every, tuple(int(part) for part in full.split(",")))
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
@@ -90,7 +90,7 @@ def explain(
     history: Annotated[History, typer.Option(help="Which of a token's updates are held: those of I-steps, or all.")] = _DEFAULTS.history,
     scorer: Annotated[Scorer, typer.Option(help="How the tokens to keep are chosen.")] = _DEFAULTS.scorer,
     selection: Annotated[Selection, typer.Option(help="One index set per sample, guidance pair or batch.")] = _DEFAULTS.selection,
-    every: Annotated[int, typer.Option(help="An I-step every so many steps.")] = _DEFAULTS.schedule.every,
+    every: Annotated[int | None, typer.Option(help="An I-step every so many steps; if left out, by the number of steps.")] = None,
     full: Annotated[str | None, typer.Option(help="The I-steps by index, such as 0,4,8; later ones follow --every.")] = None,
     cache_dtype: Annotated[CacheDtype | None, typer.Option(help="What the caches are stored in; the model's dtype if left out.")] = None,
     max_cache_bytes: Annotated[int | None, typer.Option(help="The most that one branch's caches may take; no limit if left out.")] = None,

@@ -169,7 +169,8 @@ class Cost:
 
 def run_macs(plan: CachePlan, macs_full: int, macs_cached: Sequence[int], steps: int) -> int:
     """MACs of ``steps`` sampling steps under the plan's schedule."""
-    full = [not macs_cached or plan.config.schedule.is_full(step) for step in range(steps)]
+    schedule = plan.config.schedule_of(steps)
+    full = [not macs_cached or schedule.is_full(step) for step in range(steps)]
     return sum(macs_full if is_full else macs_cached[plan.profile_of(step)] for step, is_full in enumerate(full))
 
 

@@ -50,7 +50,7 @@ class CacheConfig:
             the image's grid. ``tome`` is ToMe's: one random token of every 4×4 cell, then those least like any of these at the
             block's input.
         selection: one index set per ``sample``, per guidance ``pair`` (batch = two halves), or one for the ``batch``.
-        schedule: which steps run in full.
+        schedule: which steps run in full; None is :meth:`Schedule.of_run`, by the number of steps where a scheduler tells it.
         keep: keep profiles, each the tokens kept in every cached block; None is one profile of equal counts.
         groups: the profile of every P-step by step index (the last entry goes on); empty uses the first for all.
         granularity: what a cache holds. ``block``: the whole update of a block, gates included. ``module``: what its attentions and its
@@ -69,7 +69,7 @@ class CacheConfig:
     history: History = "full_steps"
     scorer: Scorer = "random"
     selection: Selection = "sample"
-    schedule: Schedule = Schedule()
+    schedule: Schedule | None = None
     keep: tuple[tuple[int, ...], ...] | None = None
     groups: tuple[int, ...] = ()
     granularity: Granularity = "block"
@@ -113,8 +113,8 @@ class CacheConfig:
                 f"fresh={self.fresh!r} was asked for; it is a tuple of profiles, each with a tuple of truth values for every cached "
                 'block, and goes with granularity="module" and without keep.'
             )
-        if not isinstance(self.schedule, Schedule):
-            raise ConfigError(f"schedule={self.schedule!r} was asked for; pass a tokencache_compile.Schedule.")
+        if not isinstance(self.schedule, Schedule | None):
+            raise ConfigError(f"schedule={self.schedule!r} was asked for; pass a tokencache_compile.Schedule, or None for the default.")
         if self.keep is not None and not (isinstance(self.keep, tuple) and self.keep and all(map(is_ints, self.keep))):
             raise ConfigError(f"keep={self.keep!r} was asked for; it is a tuple of keep profiles, each a tuple of token counts.")
         if self.cache_dtype is not None:
@@ -128,6 +128,10 @@ class CacheConfig:
     def extras(self) -> tuple[str, ...]:
         """What a step graph takes beside the model's tensors and the caches: its index, and scores drawn at random if it uses them."""
         return ("step", "random_scores") if self.scorer in ("random", "tome") else ("step",)
+
+    def schedule_of(self, steps: int | None) -> Schedule:
+        """Which of a run's ``steps`` sampling steps run in full; ``steps`` is None where their number is not known."""
+        return Schedule.of_run(steps) if self.schedule is None else self.schedule
 
     @classmethod
     def paper(cls, ratio: float = 0.9, steps: int = 50, full_steps: int = 12) -> CacheConfig:
@@ -176,7 +180,7 @@ class CachePlan:
             f"CachePlan: {self.num_cached} of {self.num_blocks} blocks cached, {self.tokens} tokens, ratio {c.ratio}\n"
             f"  kept tokens a block   {keeps}\n"
             f"  context {c.context}, forecast order {c.forecast} from {c.history}, scores {c.scorer}, one index set per {c.selection}\n"
-            f"  I-steps               {c.schedule}"
+            f"  I-steps               {c.schedule or 'every 2 to 4 steps, fewer the more steps a run has, and the last one'}"
         )
         if c.granularity == "module":
             lines += "\n  granularity           module: attention and feed-forward outputs, gated by the step itself"

@@ -16,6 +16,7 @@ State is kept per thread, so two threads never mix.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import types
 from collections.abc import Hashable, Sequence
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 from tokencache_compile.ahead import Ahead
+
+_ROUNDING = 0.005  # of a timestep in bfloat16
 
 
 class SchedulerWatch:
@@ -71,6 +74,15 @@ class SchedulerWatch:
         found: int | None = getattr(self._local, "positions", {}).get(timestep)
         return found
 
+    def num_steps(self, timestep: float) -> int | None:
+        """How many steps this thread's schedule has, if ``timestep`` is of it; None where its run is another or not known.
+
+        Models are given a timestep t as it is, as t/1000 or as 1 − t/1000, rounded to their dtype.
+        """
+        times = self.timesteps
+        found = any(math.isclose(one, t, rel_tol=_ROUNDING) for t in times for one in (timestep, 1000 * timestep, 1000 * (1 - timestep)))
+        return len(times) if found else None
+
     @property
     def timesteps(self) -> Sequence[float]:
         """This thread's schedule; nothing where it repeats timesteps."""
@@ -92,6 +104,7 @@ class Request:
 
     Attributes:
         position: of the timestep in the watched schedule; None for a timestep of another scale.
+        num_steps: of the watched schedule; None where this is no run of it.
         rises: whether timesteps rise, known from the second one on.
         seen: branches that were called at this timestep.
         signatures: of the branches.
@@ -102,6 +115,7 @@ class Request:
     sample: Tensor
     step: int
     position: int | None
+    num_steps: int | None
     rises: bool | None = None
     seen: list[str] = field(default_factory=list)
     signatures: dict[str, Hashable] = field(default_factory=dict)
@@ -164,7 +178,7 @@ class RequestTracker:
     ) -> tuple[Request, str]:
         if position is not None and timestep * 1000 == self.watch.timesteps[0]:
             position = None  # a flow model's first timestep, in thousandths of the schedule's: it may be the schedule's last one too
-        request = Request(marker, timestep, sample.clone(), position or 0, position)
+        request = Request(marker, timestep, sample.clone(), position or 0, position, self.watch.num_steps(timestep))
         self._local.request = request
         return request, self._enter(request, self._branch(request, context), signature)
 

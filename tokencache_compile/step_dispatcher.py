@@ -283,7 +283,7 @@ class StepDispatcher(nn.Module, ABC):
         first = state is None or state.steps is not steps  # other steps where the model reads values that changed
         if state is None or first:
             state = request.branches[branch] = BranchState(steps, steps.initial_caches(device))
-        full = first or not compiled.cached or plan.config.schedule.is_full(request.step)
+        full = first or not compiled.cached or plan.config.schedule_of(request.num_steps).is_full(request.step)
         group = plan.profile_of(request.step)
         engine, extras = compiled.full if full else compiled.cached[group], steps.step_inputs(request.step, device)
         with GATE.step():
@@ -308,8 +308,9 @@ class StepDispatcher(nn.Module, ABC):
             schedule = hoisted.schedule(tensors, self._tracker.watch.timesteps, request.step, timestep)
             if schedule is None:
                 return None
+            cached = plan.config.schedule_of(request.num_steps)
             of_group = (n for n in range(request.step, len(schedule)) if plan.profile_of(n) == group)
-            to_come = [schedule[n] for n in of_group if not plan.config.schedule.is_full(n)]
+            to_come = [schedule[n] for n in of_group if not cached.is_full(n)]
         values = hoisted.values(known, tensors, timestep, to_come)
         return None if values is None else (hoisted.engine, values)
 

@@ -64,7 +64,7 @@ class Steps:
     def __init__(self, programs: StepPrograms, backend: str, call: Mapping[str, Any]) -> None:
         self._inputs = [leaf.contiguous() for leaf in pytree.tree_leaves(dict(call)) if isinstance(leaf, Tensor)]
         device = self._inputs[0].device
-        schedule = programs.plan.config.schedule
+        schedule = programs.plan.config.schedule_of(RUN)
         self.num_ahead = sum(not schedule.is_full(step) for step in range(RUN))
         self._timestep = next(float(call[name].flatten()[0]) for name in TIMESTEP_NAMES if name in call)
         self._full, self._cached, *_ = make_engines(backend, programs)

@@ -51,7 +51,7 @@ def train(
     last_k: Annotated[int, typer.Option(help="The last K blocks run in full on every step.")] = _DEFAULTS.last_k,
     context: Annotated[Context, typer.Option(help="What a kept token attends to.")] = _DEFAULTS.context,
     forecast: Annotated[int, typer.Option(help="Order of the forecast of what is not recomputed.")] = _DEFAULTS.forecast,
-    every: Annotated[int, typer.Option(help="An I-step every so many steps.")] = _DEFAULTS.schedule.every,
+    every: Annotated[int | None, typer.Option(help="An I-step every so many steps; if left out, by the number of steps.")] = None,
     seed: _Seed = 0,
 ) -> None:
     """Train the cache predictor of a model; a run that was stopped goes on where it was."""
@@ -66,8 +66,9 @@ def train(
     with clean_errors():
         selection: Selection = "sample" if guidance == 1.0 else "pair"
         config = CacheConfig(
-            ratio=ratio, last_k=last_k, context=context, forecast=forecast, selection=selection, schedule=Schedule(every)
-        )
+            ratio=ratio, last_k=last_k, context=context, forecast=forecast, selection=selection,
+            schedule=None if every is None else Schedule(every),
+        )  # fmt: skip
         training = TrainingConfig(
             steps=train_steps, batch=batch, lr=lr, cost_weight=cost_weight, sampling_steps=steps, guidance=guidance,
             label_dropout=label_dropout if guidance == 1.0 else 0.0, ema_decay=ema_decay, mixed_precision=mixed_precision, seed=seed,
@@ -198,8 +199,8 @@ def tune(
         )
         table = Table("speed-up", "PSNR", "ratio", "I-steps", "last K", "context", "forecast", title="Pareto front")
         for row in result.front:
-            c = row.config
-            cells = (f"{row.speed:.2f}x", f"{row.psnr:.1f} dB", f"{c.ratio:g}", str(c.schedule), str(c.last_k), c.context, str(c.forecast))
+            c, schedule = row.config, row.config.schedule_of(steps)
+            cells = (f"{row.speed:.2f}x", f"{row.psnr:.1f} dB", f"{c.ratio:g}", str(schedule), str(c.last_k), c.context, str(c.forecast))
             table.add_row(*cells, style="bold" if row is result.best else None)
         Console().print(table)
         best = result.best.config
@@ -224,6 +225,6 @@ def plot(
         if not file.exists():
             raise ConfigError(f"{artefact} has no calibration.safetensors, which the pictures show. Make it with `tokencache calibrate`.")
         config, found = read_config(artefact), Calibration.load(file)
-        schedules = {"plan": config.schedule}
+        schedules = {"plan": config.schedule_of(found.steps)}
         for path in write_figures(found, config.keep, found.examples.shape[-1], schedules, out):
             Console().print(f"Written: {path}", markup=False, highlight=False, soft_wrap=True)

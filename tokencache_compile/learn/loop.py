@@ -170,9 +170,10 @@ def check_run(
     if found != {device}:
         where = ", ".join(sorted(map(str, found)))
         raise ConfigError(f"{name} is on {where}, and the run on {device}. Call model.to({str(device)!r}) first.")
-    p_steps = [i for i in range(training.sampling_steps) if not config.schedule.is_full(i) and history_of(config, i)]
+    steps, schedule = training.sampling_steps, config.schedule_of(training.sampling_steps)
+    p_steps = [i for i in range(steps) if not schedule.is_full(i) and history_of(config, i, steps)]
     if not p_steps:
-        raise ConfigError(f"the schedule ({config.schedule}) has no P-step among {training.sampling_steps} steps; nothing can be learned.")
+        raise ConfigError(f"the schedule ({schedule}) has no P-step among {training.sampling_steps} steps; nothing can be learned.")
     return p_steps
 
 

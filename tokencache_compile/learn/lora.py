@@ -220,6 +220,7 @@ class HardWindow:
     def run(self, clean: Tensor, noise: Tensor, step: int, make_call: MakeCall, generators: list[torch.Generator]) -> HardStep:
         """The hard step at P-step ``step`` of samples ``clean`` [B, C, …] noised by ``noise``. ``generators``: the solver's, one a row."""
         plan, device = self.original.plan, clean.device
+        schedule = self.config.schedule_of(len(self.scheduler.timesteps))
         # The score "change" compares two updates, whatever the forecast needs.
         depends_on = replace(self.config, forecast=max(self.config.forecast, 1)) if self.config.scorer == "change" else self.config
         caches = self.original.initial_caches(device)
@@ -230,13 +231,13 @@ class HardWindow:
             return [*tensors, *self.original.step_inputs(index, device), *caches]
 
         def predict(index: int, call: Mapping[str, Any]) -> Tensor:
-            full = self.config.schedule.is_full(index)
+            full = schedule.is_full(index)
             program = self.original.full if full else self.adapted.cached[plan.profile_of(index)]
             results: list[Tensor] = list(program.module(*inputs(index, call)))
             caches[:] = results[program.num_outputs :]
             return results[0]
 
-        start = history_of(depends_on, step)[-1]
+        start = history_of(depends_on, step, len(self.scheduler.timesteps))[-1]
         call = solve(self.scheduler, clean, noise, range(start, step), make_call, predict, generators, self.guidance)
         given, profile = inputs(step, call), plan.profile_of(step)
         target = self._full(given)

@@ -28,9 +28,9 @@ MakeCall = Callable[[Tensor, Tensor], Mapping[str, Any]]  # (sample, timestep) -
 Predict = Callable[[int, Mapping[str, Any]], Tensor]  # (sampling step, keyword arguments of the model) -> the model's output
 
 
-def history_of(config: CacheConfig, step: int) -> tuple[int, ...]:
-    """The I-steps whose updates P-step ``step`` uses, newest first: up to order + 1 of them."""
-    full = [i for i in range(step) if config.schedule.is_full(i)]
+def history_of(config: CacheConfig, step: int, steps: int) -> tuple[int, ...]:
+    """The I-steps whose updates P-step ``step`` of ``steps`` uses, newest first: up to order + 1 of them."""
+    full = [i for i in range(step) if config.schedule_of(steps).is_full(i)]
     return tuple(reversed(full[-(config.forecast + 1) :]))
 
 
@@ -98,7 +98,7 @@ class Window:
     @torch.no_grad()
     def run(self, clean: Tensor, noise: Tensor, step: int, make_call: MakeCall, generators: list[torch.Generator]) -> GatedStep:
         """The gated step at P-step ``step`` of samples ``clean`` [B, C, …] noised by ``noise``. ``generators``: the solver's, one a row."""
-        wanted = history_of(self.config, step)
+        wanted = history_of(self.config, step, len(self.scheduler.timesteps))
         history: list[list[Cached]] = []
         stamps: list[int] = []
 

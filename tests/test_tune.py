@@ -72,13 +72,14 @@ def test_goals_that_are_none(given: dict[str, float]) -> None:
 
 def test_space_holds_what_the_search_is_about() -> None:
     base = CacheConfig(forecast=1)
-    space = search_space(base)
+    space = search_space(base, STEPS)
     assert space[0] == base and len(set(space)) == len(space)
     assert {config.ratio for config in space} == {1.0, 0.9, 0.7}
     assert {config.forecast for config in space} == {0, 1, 2}
     assert {config.last_k for config in space} == {0, 2}
     assert {config.context for config in space if config.ratio < 1.0} == {"reuse", "full"}
     assert {config.schedule.every for config in space if config.schedule is not None} >= {2, 3, 4, 5}
+    assert {Schedule.with_last(STEPS, every) for every in (2, 3, 4)} <= {config.schedule for config in space}
 
 
 def test_every_candidate_is_measured_as_it_runs(tmp_path: Path) -> None:

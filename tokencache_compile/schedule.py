@@ -32,6 +32,11 @@ class Schedule:
             raise ConfigError(f"full={self.full!r} was asked for; it is a tuple of rising step indices that begins with 0.")
 
     @classmethod
+    def with_last(cls, steps: int, every: int) -> Schedule:
+        """An I-step every ``every`` of ``steps`` sampling steps, and the last one."""
+        return cls(every, tuple(sorted({*range(0, steps, every), steps - 1})))
+
+    @classmethod
     @functools.cache
     def of_run(cls, steps: int | None) -> Schedule:
         """The schedule of a run of ``steps`` sampling steps where none is asked for; None is an unknown number.
@@ -41,8 +46,7 @@ class Schedule:
         """
         if steps is None:
             return cls()
-        every = min(4, max(2, steps // 12))
-        return cls(every, tuple(sorted({*range(0, steps, every), steps - 1})))
+        return cls.with_last(steps, min(4, max(2, steps // 12)))
 
     @classmethod
     def uniform(cls, steps: int, full_steps: int) -> Schedule:
@@ -62,4 +66,7 @@ class Schedule:
     def __str__(self) -> str:
         if self.full is None:
             return f"every {self.every} steps"
+        last = self.full[-1]
+        if last and self == Schedule.with_last(last + 1, self.every):
+            return f"every {self.every} steps, and step {last}"
         return ", ".join(map(str, self.full)) + f", then every {self.every}"

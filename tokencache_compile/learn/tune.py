@@ -81,12 +81,13 @@ def pareto_front(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     return tuple(front)
 
 
-def search_space(base: CacheConfig, last_ks: Sequence[int] = (0, 2)) -> list[CacheConfig]:
-    """Ratio (1.0 included: nothing recomputed), K, forecast order, context and spacing of the I-steps around ``base``.
+def search_space(base: CacheConfig, steps: int, last_ks: Sequence[int] = (0, 2)) -> list[CacheConfig]:
+    """Ratio (1.0 included: nothing recomputed), K, forecast order, context and the I-steps of ``steps`` around ``base``.
 
     In order of promise, so that a small budget sees the best first: what recomputes nothing costs least and has no context.
     """
-    spacings = [Schedule(every=every) for every in (4, 3, 2, 5, 6, 8)]
+    even = [Schedule(every=every) for every in (4, 3, 2)]
+    spacings = [*even, *(Schedule.with_last(steps, one.every) for one in even), *(Schedule(every=every) for every in (5, 6, 8))]
     bare = [
         replace(base, ratio=1.0, last_k=last_k, forecast=order, schedule=schedule)
         for order, last_k, schedule in itertools.product((2, 1, 0), last_ks, spacings)
@@ -94,7 +95,7 @@ def search_space(base: CacheConfig, last_ks: Sequence[int] = (0, 2)) -> list[Cac
     contexts: tuple[Context, ...] = ("reuse", "full")
     recomputing = [
         replace(base, ratio=ratio, last_k=last_k, context=context, schedule=schedule)
-        for context, ratio, last_k, schedule in itertools.product(contexts, (0.9, 0.7), last_ks, spacings[:4])
+        for context, ratio, last_k, schedule in itertools.product(contexts, (0.9, 0.7), last_ks, spacings[:6])
     ]
     both = [config for pair in itertools.zip_longest(bare, recomputing) for config in pair if config is not None]
     return list(dict.fromkeys([base, *both]))
@@ -152,7 +153,7 @@ def tune(
     base = base or CacheConfig()
     if predictor is not None:
         base = replace(base, scorer="predictor")
-    candidates = list(space if space is not None else search_space(base))[:budget]
+    candidates = list(space if space is not None else search_space(base, steps))[:budget]
     runner = _Runner(model, scheduler, noise, conditions, steps, predictor, measure_latency)
     log = _Log(out, dict(steps=steps, samples=len(noise), guidance=conditions.guidance, latency=measure_latency, noise=_digest(noise)))
     with Progress() as bar:

@@ -356,12 +356,12 @@ def _check_base(base: Mapping[str, Any], model: nn.Module, what: str) -> None:
     if reason is not None:
         raise ConfigError(
             f"{what} was made for another base model: compared with that, this one differs: {reason}. "
-            "Load the base model it was made for, in that dtype, or calibrate for this one."
+            "Load the base model it was made for, or calibrate for this one."
         )
 
 
 def _load_predictor(path: Path, model: nn.Module) -> CachePredictor:
-    """The saved predictor on the model's device, in eval mode, around a copy of the model's first block."""
+    """The saved predictor on the model's device and in its dtype, in eval mode, around a copy of the model's first block."""
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -389,7 +389,9 @@ def _load_predictor(path: Path, model: nn.Module) -> CachePredictor:
 
 
 def _kinds(state: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in state.items()}
+    """Shapes, and dtypes where they are no floating-point ones, which are cast to each other."""
+    kinds = {name: "float" if t.is_floating_point() else str(t.dtype).removeprefix("torch.") for name, t in state.items()}
+    return {name: f"{kind} {list(state[name].shape)}" for name, kind in kinds.items()}
 
 
 # -- the adapter ------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def _listed(names: list[str]) -> str:
 
 
 def explain_difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """Why the model with fingerprint ``found`` is not the one with fingerprint ``saved``; None where it is."""
+    """Why the model with fingerprint ``found`` is not the one with fingerprint ``saved``; None where it is, in whatever dtype."""
     if saved["class"] != found["class"]:
         return f"its class is {found['class']} and not {saved['class']}"
     old, new = saved["tensors"], found["tensors"]
@@ -115,7 +115,7 @@ def explain_difference(saved: Mapping[str, Any], found: Mapping[str, Any]) -> st
         return f"its shapes differ: {_listed(reshaped)}"
     if recast := [f"{name} is {new[name][0]} and not {old[name][0]}" for name in sorted(old) if old[name][0] != new[name][0]]:
         same = any(saved["weights"][cast] == found["weights"][cast] for cast in ("bfloat16", "float16"))
-        return f"{'only its dtype differs' if same else 'its dtype and its weights differ'}: {_listed(recast)}"
+        return None if same else f"its dtype and its weights differ: {_listed(recast)}"
     if saved["weights"]["own"] != found["weights"]["own"]:
         return "its shapes are the same and its weights are others"
     return None

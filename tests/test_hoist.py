@@ -187,6 +187,23 @@ def test_thousandths_of_a_known_schedule(known: bool, monkeypatch: pytest.Monkey
     assert runs == ([9] if known else [])
 
 
+@pytest.mark.parametrize("given_as", [lambda t: (1000 - t) / 1000, lambda t: 1 - t / 1000, lambda t: 1000 - t])
+def test_other_ways_to_give_a_timestep(given_as: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Z-Image, Lumina 2 and Mochi: the time rises within the run, whose begin the scheduler marks."""
+    model, results = build("dit"), []
+    for ahead in (True, False):
+        dispatcher, scheduler = watched(model)
+        if not ahead:
+            monkeypatch.setattr(HoistedEngine, "schedule", lambda *_: None)
+        runs = count_ahead(monkeypatch)
+        scheduler.set_timesteps(STEPS)
+        call = call_of(dispatcher, conditions("dit"))
+        results.append(ddim(lambda n, x, t, call=call: call(n, x, given_as(t)), sample(), STEPS, scheduler))  # type: ignore[misc]
+        assert runs == ([9] if ahead else []) and dispatcher.summary().full_steps == 3
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def test_without_a_scheduler_nothing_is_made_ahead() -> None:
     dispatcher = transformed(build("dit"))
     run(dispatcher, "dit", STEPS)

@@ -47,12 +47,13 @@ class HoistedEngine:
     def schedule(self, inputs: Sequence[Tensor], timesteps: Sequence[float], step: int, timestep: float) -> list[float] | None:
         """A sampler's ``timesteps`` as the model is given them, the one of ``step`` being ``timestep``; None where it is another.
 
-        Pipelines give them as they are or, of flow models, as thousandths, in the dtype of ``inputs``.
+        Pipelines give them as they are; of flow models as thousandths, as 1 minus those (Z-Image, Lumina 2), or as 1000 − t (Mochi); in
+        the dtype of ``inputs``.
         """
-        times = torch.tensor(timesteps).to(inputs[self._names.index(self._hoisted.timestep)].dtype)
-        for scaled in (times.tolist(), (times / 1000).tolist()):
-            if step < len(scaled) and scaled[step] == timestep:
-                return [float(one) for one in scaled]
+        t = torch.tensor(timesteps).to(inputs[self._names.index(self._hoisted.timestep)].dtype)
+        for given in (t, t / 1000, (1000 - t) / 1000, 1 - t / 1000, 1000 - t):
+            if step < len(given) and float(given[step]) == timestep:
+                return [float(one) for one in given]
         return None
 
     def values(self, known: Ahead, inputs: Sequence[Tensor], timestep: float, to_come: Sequence[float]) -> list[Tensor] | None:

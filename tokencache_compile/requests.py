@@ -77,10 +77,10 @@ class SchedulerWatch:
     def num_steps(self, timestep: float) -> int | None:
         """How many steps this thread's schedule has, if ``timestep`` is of it; None where its run is another or not known.
 
-        Models are given a timestep t as it is, as t/1000 or as 1 − t/1000, rounded to their dtype.
+        Models are given a timestep t as it is, as t/1000, 1 − t/1000 or 1000 − t, rounded to their dtype.
         """
-        times = self.timesteps
-        found = any(math.isclose(one, t, rel_tol=_ROUNDING) for t in times for one in (timestep, 1000 * timestep, 1000 * (1 - timestep)))
+        times, meant = self.timesteps, (timestep, 1000 * timestep, 1000 * (1 - timestep), 1000 - timestep)
+        found = any(math.isclose(one, t, rel_tol=_ROUNDING) for t in times for one in meant)
         return len(times) if found else None
 
     @property

@@ -51,6 +51,7 @@ SEARCH: tuple[Settings, ...] = (
     dict(full=LATE, ratio=1.0, forecast=2),
     dict(full=EVEN, ratio=1.0, forecast=0),
     dict(full=EVEN, ratio=1.0, forecast=1),
+    dict(full=tuple(range(0, STEPS, 4)), ratio=0.9, forecast=2),
     dict(full=EVEN_AND_LAST, ratio=0.9, forecast=2),
     dict(full=EVEN_AND_LAST, ratio=1.0, forecast=2),
     dict(full=FEWER_LATE, ratio=0.9, forecast=1),
@@ -106,8 +107,8 @@ class Bench:
         config = config_of(settings)
         if config.scorer != "predictor":
             return config
-        trained = CacheArtefact.from_pretrained(self.artefact, self.pipe.transformer)
-        return replace(trained, config=config, lora_path=trained.lora_path if "adapter" in settings else None)
+        folder = self.artefact.with_name(f"{self.artefact.name}_lora") if "adapter" in settings else self.artefact
+        return replace(CacheArtefact.from_pretrained(folder, self.pipe.transformer), config=config)
 
     def draw(self, pairs: Tensor, noise: Tensor, plan: tc.CacheConfig | CacheArtefact, steps: int) -> tuple[Tensor, float]:
         """One image for each of ``pairs`` and row of ``noise``, and the MACs of one, with guidance."""

@@ -113,8 +113,9 @@ spoon, ginger root).
 
 One noise for every third concept, PSNR to the uncached images of {settings["steps"]} steps. The best with at least {min_speed_up:g}× fewer MACs is the cached run above. Context `reuse` and scores `random` where none is named; the paper's context is `kept`, forecast 0.
 
-I-steps 0 2 4 … 18 19 with ratio 0.9 and forecast 2 are what the package takes for 20 steps where nothing is asked for. `predictor` and `LoRA` are `tokencache_compile/reference/cache_pixart`, trained by
-`benchmarks/train_pixart_cache.py` for the I-steps 0 4 8 11 14 16 18 19, forecast 1 and K = 2: to be read beside the rows of the same I-steps and K. With nothing recomputed there are no scores.
+I-steps 0 2 4 … 18 19 with ratio 0.9 and forecast 2 are what the package takes for 20 steps where nothing is asked for. `predictor` is that of `tokencache_compile/reference/cache_pixart`, whose plan is the cached
+run above, and `LoRA` that of `cache_pixart_lora`, both trained by `benchmarks/train_pixart_cache.py` for the I-steps 0 4 8 11 14 16 18 19, forecast 1: to be read beside the rows of the same I-steps and K.
+With nothing recomputed there are no scores.
 
 {_table(["setting", "fewer MACs", "PSNR (dB)"], search)}
 """

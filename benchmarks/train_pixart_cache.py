@@ -3,11 +3,13 @@
     python benchmarks/train_pixart_cache.py --run out/pixart_cache --out tokencache_compile/reference/cache_pixart
 
 The recipe is the reference DiT's (train_predictor.py, train_lora.py) on another deployment: 20 guided DPM-Solver++ steps, the I-steps of
-judge_pixart.py's ratio 0.9, forecast 1. A stopped run goes on.
+judge_pixart.py's ratio 0.9, forecast 1. A stopped run goes on. OUT's plan is the best of judge_pixart.py, which recomputes nothing; its
+predictor serves who asks for another ratio. The adapter comes with a plan of its own, in OUT_lora, whose predictor is a link to OUT's.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,8 +19,9 @@ import torch
 import typer
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from emoji import encode, load_emoji
-from judge_pixart import FEWER_LATE, GUIDANCE, MODEL, STEPS
+from judge_pixart import FEWER_LATE, GUIDANCE, LATE, MODEL, STEPS
 from torch import Tensor
+from train_lora import PREDICTOR
 from train_pixart import SCHEDULER_CONFIG
 
 import tokencache_compile as tc
@@ -48,13 +51,13 @@ class CaptionedEmoji:
 
 def main(
     run: Annotated[Path, typer.Option(help="Folder of the runs: checkpoints and logs.")],
-    out: Annotated[Path, typer.Option(help="Artefact directory to write.")],
+    out: Annotated[Path, typer.Option(help="Artefact directory to write; the adapter's is named after it.")],
     model: Annotated[Path, typer.Option(help="Folder of the reference PixArt.")] = MODEL,
     steps: Annotated[int, typer.Option(help="Optimizer steps of the predictor.")] = 1000,
     lora_steps: Annotated[int, typer.Option(help="Optimizer steps of the LoRA.")] = 240,
     batch: Annotated[int, typer.Option(help="Samples a step; each is a guidance pair.")] = 8,
     lr: float = 5e-4,
-    lora_lr: float = 1e-3,
+    lora_lr: float = 2e-4,
     last_k: Annotated[int, typer.Option(help="K of the LoRA; the predictor learns for every block.")] = 2,
     rank: int = 8,
     threads: int = 1,
@@ -79,10 +82,14 @@ def main(
     provenance = {
         "training": asdict(training), "refinement": {**asdict(refining), "rank": rank}, "torch": torch.__version__, "data": words,
     }  # fmt: skip
-    CacheArtefact(
-        config=replace(refined, scorer="predictor"), base=fingerprint(net), predictor=predictor, lora_path=adapter, steps=STEPS,
-        provenance=provenance,
-    ).save_pretrained(out)  # fmt: skip
+    plan = replace(config, ratio=1.0, schedule=tc.Schedule(full=LATE), scorer="predictor")
+    shipped = CacheArtefact(config=plan, base=fingerprint(net), predictor=predictor, steps=STEPS, provenance=provenance)
+    shipped.save_pretrained(out)
+    beside = out.with_name(f"{out.name}_lora")
+    replace(shipped, config=replace(refined, scorer="predictor"), lora_path=adapter).save_pretrained(beside)
+    (beside / PREDICTOR).unlink()
+    (beside / PREDICTOR).symlink_to(os.path.relpath(out / PREDICTOR, beside))
+    CacheArtefact.from_pretrained(beside, net)  # refuses a predictor of other bytes
 
 
 if __name__ == "__main__":

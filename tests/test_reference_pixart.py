@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import tokencache_compile as tc
+from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.metrics import psnr
 
 FOLDER = Path(tc.__file__).parent / "reference" / "pixart"
@@ -34,13 +36,13 @@ def pipe() -> Any:
     return made
 
 
-def draw(pipe: Any, config: tc.CacheConfig) -> Tensor:
+def draw(pipe: Any, plan: tc.CacheConfig | CacheArtefact) -> Tensor:
     """One image a caption, [3, 3, 32, 32]."""
     with safe_open(FOLDER / "captions.safetensors", framework="pt") as file:
         names = json.loads(file.metadata()["captions"])
         states, mask = file.get_tensor("states"), file.get_tensor("mask")
     rows, null = [names.index(caption) for caption in CAPTIONS], [names.index("")] * len(CAPTIONS)
-    images: Tensor = tc.transform(pipe, config=config, backend="eager")(
+    images: Tensor = tc.transform(pipe, plan, backend="eager")(
         prompt_embeds=states[rows], prompt_attention_mask=mask[rows], negative_prompt=None, negative_prompt_embeds=states[null],
         negative_prompt_attention_mask=mask[null], latents=torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
         height=256, width=256, num_inference_steps=STEPS, guidance_scale=2.0, output_type="latent", use_resolution_binning=False,
@@ -48,8 +50,12 @@ def draw(pipe: Any, config: tc.CacheConfig) -> Tensor:
     return images
 
 
-def test_captions_are_followed_and_caching_keeps_the_images(pipe: Any) -> None:
-    uncached = draw(pipe, tc.CacheConfig(ratio=0.0))
+@pytest.fixture(scope="module")
+def uncached(pipe: Any) -> Tensor:
+    return draw(pipe, tc.CacheConfig(ratio=0.0))
+
+
+def test_captions_are_followed_and_caching_keeps_the_images(pipe: Any, uncached: Tensor) -> None:
     red, green, melon = uncached[:, :, 10:26, 8:24].mean((2, 3))  # the colours in the middle
     assert red[0] > red[1] + 0.5 and green[1] > green[0] + 0.2 and melon[0] > melon[2]
     assert bool((uncached[:, :, 0, 0] > 0.9).all()), "the corner is white"
@@ -58,6 +64,31 @@ def test_captions_are_followed_and_caching_keeps_the_images(pipe: Any) -> None:
     assert summary.cached_steps == STEPS - 10 and summary.macs < 0.6 * summary.macs_uncached
     closeness = psnr(cached, uncached)
     assert closeness > 30 and closeness > psnr(cached.roll(1, 0), uncached) + 6, "nearer to its own image than to another caption's"
+
+
+def test_the_defaults_serve_a_run_of_twenty_steps(pipe: Any, uncached: Tensor) -> None:
+    """An I-step every 4th step, as in long runs, would leave nothing of the images: the default schedule is denser, and ends in one."""
+    cached = draw(pipe, tc.CacheConfig())
+    summary = pipe.transformer.summary()
+    assert (summary.full_steps, summary.cached_steps) == (11, STEPS - 11) and summary.macs < 0.62 * summary.macs_uncached
+    assert psnr(cached, uncached) > 40 > 20 > psnr(draw(pipe, tc.CacheConfig(schedule=tc.Schedule(4))), uncached)
+
+
+def test_the_artefact_that_ships(pipe: Any, uncached: Tensor) -> None:
+    """The plan is close at half of the MACs; recomputing, its predictor's tokens are closer to the uncached images than random ones are."""
+    artefact = CacheArtefact.from_pretrained(FOLDER.parent / "cache_pixart", pipe.transformer)
+    cached = draw(pipe, artefact)
+    assert psnr(cached, uncached) > 40 and pipe.transformer.summary().macs < 0.51 * pipe.transformer.summary().macs_uncached
+    recomputing = replace(artefact.config, ratio=0.9, schedule=tc.Schedule(full=(0, 4, 8, 11, 14, 16, 18, 19)))
+    chosen, drawn = (draw(pipe, replace(artefact, config=recomputing)), draw(pipe, replace(recomputing, scorer="random")))
+    assert psnr(chosen, uncached) > psnr(drawn, uncached)
+
+
+def test_the_adapter_that_ships(pipe: Any, uncached: Tensor) -> None:
+    artefact = CacheArtefact.from_pretrained(FOLDER.parent / "cache_pixart_lora", pipe.transformer)
+    assert artefact.lora_path is not None and artefact.config.last_k == 2
+    refined, without = draw(pipe, artefact), draw(pipe, replace(artefact, lora_path=None))
+    assert psnr(refined, uncached) > 40 and not torch.equal(refined, without)
 
 
 def archive(path: Path, files: dict[str, bytes]) -> None:

@@ -36,8 +36,8 @@ DIT_XL_2 = dict(
     num_embeds_ada_norm=1000, activation_fn="gelu-approximate",
 )  # fmt: skip
 CONFIGS = {
-    "default": tc.CacheConfig(ratio=0.9, last_k=4),
-    "kept, hold": tc.CacheConfig(ratio=0.9, last_k=4, context="kept", forecast=0, history="computed"),
+    "default": tc.CacheConfig(ratio=0.9, last_k=4, schedule=tc.Schedule(4)),
+    "kept, hold": tc.CacheConfig(ratio=0.9, last_k=4, context="kept", forecast=0, history="computed", schedule=tc.Schedule(4)),
 }
 
 

@@ -115,7 +115,7 @@ def test_the_default_settings() -> None:
     expected = demo_images(eager, scheduler, pictures)
     exported, own_scheduler = reference(None, "onnxruntime", blocks=4)
     got = demo_images(exported, own_scheduler, pictures)
-    assert exported.summary() == eager.summary() and exported.summary().cached_steps == 37
+    assert exported.summary() == eager.summary() and exported.summary().cached_steps == 36
     scale = max(1.0, float(expected.abs().max()))
     assert float((got - expected).abs().max()) < 1e-3 * scale
     eager.disable()

@@ -329,7 +329,7 @@ def refine(
         scores = None if predictor is None else weights_digest(predictor)
         _train(hard, window, feed, config, training, out, accelerator, rank=rank, predictor=scores)
         if accelerator.is_main_process:
-            # No card: peft writes the folder that the model came from into it, as a Python object where it is a Path, and fails on it later.
+            # No card: peft writes where the model came from into it, a Path as a Python object, and cannot read that again.
             adapter.create_or_update_model_card = lambda _: None
             adapter.save_pretrained(out / ADAPTER, safe_serialization=True, save_embedding_layers=False)
         accelerator.wait_for_everyone()

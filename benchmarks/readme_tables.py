@@ -291,7 +291,7 @@ Nothing recomputed (ratio 1) and denser I-steps buy more nearly everywhere, see 
 {spending()}
 
 **A plan by `tune`**: asked for the fastest plan at least as close as half the steps ({tuned["half_the_steps_psnr_db"]:.1f} dB), guided, it found {tuned["best"]["macs_speedup"]:.2f}× fewer MACs at \
-{tuned["best"]["psnr_db"]:.1f} dB (ratio {tuned["best"]["ratio"]:g}, K = {tuned["best"]["last_k"]}, every {tuned["best"]["every"]}, forecast {tuned["best"]["forecast"]}), and **{clock["best"]["latency_speedup"]:.2f}× on the clock**, both compiled.
+{tuned["best"]["psnr_db"]:.1f} dB (ratio {tuned["best"]["ratio"]:g}, K = {tuned["best"]["last_k"]}, an I-step {tuned["best"]["schedule"]}, forecast {tuned["best"]["forecast"]}), and **{clock["best"]["latency_speedup"]:.2f}× on the clock**, both compiled.
 
 **Does the clock follow the MACs?** DiT-XL/2 at 256², batch {steps["batch"]}, {steps["dtype"].removeprefix("torch.")}, random weights, ratio 0.9, K = 4, {steps["threads"]} CPU threads, medians of \
 {steps["rounds"]} rounds in turn. Transforming took {transform["seconds"]:.0f} s and {max(transform["rss_growth_bytes"], 0) / 2**20:.0f} MiB beside weights of \

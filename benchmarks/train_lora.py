@@ -17,6 +17,7 @@ from typing import Annotated
 import torch
 import typer
 from diffusers import DDIMScheduler, DiTTransformer2DModel
+from torch import nn
 from train_predictor import FashionMnist
 from train_reference import NULL_LABEL, SCHEDULER_CONFIG
 
@@ -26,6 +27,13 @@ from tokencache_compile.learn.lora import refine
 from tokencache_compile.learn.train import TrainingConfig
 
 PREDICTOR = "predictor.safetensors"
+
+
+def link_predictor(out: Path, shipped: Path, net: nn.Module) -> None:
+    """Put a link to the predictor of the artefact ``shipped`` in the place of the same one in ``out``; ``net`` is their base model."""
+    (out / PREDICTOR).unlink()
+    (out / PREDICTOR).symlink_to(os.path.relpath(shipped / PREDICTOR, out))
+    CacheArtefact.from_pretrained(out, net)  # refuses a predictor of other bytes
 
 
 def main(
@@ -64,9 +72,7 @@ def main(
         provenance = {**shipped.provenance, "refinement": {**refinement, "data": "Fashion-MNIST, 60,000 training images"}}
         refined = replace(shipped.config, last_k=last_k)
         replace(shipped, config=refined, lora_path=adapter, calibration_path=None, provenance=provenance).save_pretrained(out)
-        (out / PREDICTOR).unlink()
-        (out / PREDICTOR).symlink_to(os.path.relpath(artefact / PREDICTOR, out))
-        CacheArtefact.from_pretrained(out, net)  # refuses a predictor of other bytes
+        link_predictor(out, artefact, net)
 
 
 if __name__ == "__main__":

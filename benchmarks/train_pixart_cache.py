@@ -9,7 +9,6 @@ predictor serves who asks for another ratio. The adapter comes with a plan of it
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from emoji import encode, load_emoji
 from judge_pixart import FEWER_LATE, GUIDANCE, LATE, MODEL, STEPS
 from torch import Tensor
-from train_lora import PREDICTOR
+from train_lora import link_predictor
 from train_pixart import SCHEDULER_CONFIG
 
 import tokencache_compile as tc
@@ -87,9 +86,7 @@ def main(
     shipped.save_pretrained(out)
     beside = out.with_name(f"{out.name}_lora")
     replace(shipped, config=replace(refined, scorer="predictor"), lora_path=adapter).save_pretrained(beside)
-    (beside / PREDICTOR).unlink()
-    (beside / PREDICTOR).symlink_to(os.path.relpath(out / PREDICTOR, beside))
-    CacheArtefact.from_pretrained(beside, net)  # refuses a predictor of other bytes
+    link_predictor(beside, out, net)
 
 
 if __name__ == "__main__":

@@ -474,6 +474,7 @@ def test_explain_refuses_with_reason_and_remedy(tmp_path: Path, folder: Path) ->
     assert "ratio=-0.1 was asked for" in refused("explain", str(folder), "--ratio", "-0.1")
     assert "full='0,x' was asked for" in refused("explain", str(folder), "--full", "0,x")
     assert "full=(1, 4) was asked for" in refused("explain", str(folder), "--full", "1,4")
+    assert "every=0 was asked for" in refused("explain", str(folder), "--every", "0", "--full", "0,4")
     assert "steps=0 was asked for" in refused("explain", str(folder), "--steps", "0")
 
 

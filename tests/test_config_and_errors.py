@@ -152,6 +152,12 @@ def test_uniform_schedules(steps: Any, full_steps: Any) -> None:
         Schedule.uniform(steps, full_steps)
 
 
+@pytest.mark.parametrize(("steps", "every"), [(0, 4), (10, 0), (10, -2), (10, 2.5), ("10", 2)])
+def test_schedules_with_the_last_step(steps: Any, every: Any) -> None:
+    with pytest.raises(ConfigError, match="both are whole numbers"):
+        Schedule.with_last(steps, every)
+
+
 @pytest.mark.parametrize(("steps", "full_steps"), [(50, 12), (20, 9), (10, 6), (250, 50), (7, 7), (5, 1)])
 def test_uniform_schedules_have_as_many_full_steps_as_asked_for(steps: int, full_steps: int) -> None:
     schedule = Schedule.uniform(steps, full_steps)

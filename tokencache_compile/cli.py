@@ -73,7 +73,7 @@ def _schedule(every: int | None, full: str | None) -> Schedule | None:
     if full is None:
         return None if every is None else Schedule(every)
     try:
-        return Schedule(every or Schedule().every, tuple(int(part) for part in full.split(",")))
+        return Schedule(Schedule().every if every is None else every, tuple(int(part) for part in full.split(",")))
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise

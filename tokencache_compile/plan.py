@@ -180,7 +180,7 @@ class CachePlan:
             f"CachePlan: {self.num_cached} of {self.num_blocks} blocks cached, {self.tokens} tokens, ratio {c.ratio}\n"
             f"  kept tokens a block   {keeps}\n"
             f"  context {c.context}, forecast order {c.forecast} from {c.history}, scores {c.scorer}, one index set per {c.selection}\n"
-            f"  I-steps               {c.schedule or 'every 2 to 4 steps, fewer the more steps a run has, and the last one'}"
+            f"  I-steps               {c.schedule or 'every 2nd to 4th step, by the number of steps, and the last one'}"
         )
         if c.granularity == "module":
             lines += "\n  granularity           module: attention and feed-forward outputs, gated by the step itself"

@@ -34,6 +34,8 @@ class Schedule:
     @classmethod
     def with_last(cls, steps: int, every: int) -> Schedule:
         """An I-step every ``every`` of ``steps`` sampling steps, and the last one."""
+        if not is_ints((steps, every)) or min(steps, every) < 1:
+            raise ConfigError(f"I-steps every {every!r} of {steps!r} steps were asked for; both are whole numbers, 1 or more.")
         return cls(every, tuple(sorted({*range(0, steps, every), steps - 1})))
 
     @classmethod

@@ -32,6 +32,11 @@ class Ahead:
     values: dict[float, list[Tensor]] = field(default_factory=dict)
 
 
+def as_given(t: Tensor) -> tuple[Tensor, ...]:
+    """What pipelines give a model for a schedule's timesteps ``t`` [T]: t, t/1000, 1 − t/1000 (Z-Image, Lumina 2) or 1000 − t (Mochi)."""
+    return t, t / 1000, (1000 - t) / 1000, 1 - t / 1000, 1000 - t
+
+
 class HoistedEngine:
     """A P-step without what it computes from timestep and condition alone, and that part of it.
 
@@ -47,11 +52,9 @@ class HoistedEngine:
     def schedule(self, inputs: Sequence[Tensor], timesteps: Sequence[float], step: int, timestep: float) -> list[float] | None:
         """A sampler's ``timesteps`` as the model is given them, the one of ``step`` being ``timestep``; None where it is another.
 
-        Pipelines give them as they are; of flow models as thousandths, as 1 minus those (Z-Image, Lumina 2), or as 1000 − t (Mochi); in
-        the dtype of ``inputs``.
+        See :func:`as_given`, which is taken in the dtype of ``inputs``.
         """
-        t = torch.tensor(timesteps).to(inputs[self._names.index(self._hoisted.timestep)].dtype)
-        for given in (t, t / 1000, (1000 - t) / 1000, 1 - t / 1000, 1000 - t):
+        for given in as_given(torch.tensor(timesteps).to(inputs[self._names.index(self._hoisted.timestep)].dtype)):
             if step < len(given) and float(given[step]) == timestep:
                 return [float(one) for one in given]
         return None

@@ -16,7 +16,6 @@ State is kept per thread, so two threads never mix.
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import types
 from collections.abc import Hashable, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencache_compile.ahead import Ahead
+from tokencache_compile.ahead import Ahead, as_given
 
 _ROUNDING = 0.005  # of a timestep in bfloat16
 
@@ -77,10 +76,10 @@ class SchedulerWatch:
     def num_steps(self, timestep: float) -> int | None:
         """How many steps this thread's schedule has, if ``timestep`` is of it; None where its run is another or not known.
 
-        Models are given a timestep t as it is, as t/1000, 1 − t/1000 or 1000 − t, rounded to their dtype.
+        Models are given it in one of the ways of :func:`as_given`, rounded to their dtype.
         """
-        times, meant = self.timesteps, (timestep, 1000 * timestep, 1000 * (1 - timestep), 1000 - timestep)
-        found = any(math.isclose(one, t, rel_tol=_ROUNDING) for t in times for one in meant)
+        times, one = self.timesteps, torch.tensor(timestep)
+        found = any(bool(torch.isclose(given, one, rtol=_ROUNDING, atol=0.0).any()) for given in as_given(torch.tensor(times)))
         return len(times) if found else None
 
     @property

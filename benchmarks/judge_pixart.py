@@ -11,9 +11,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +22,7 @@ import typer
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from emoji import STYLES, encode, load_emoji
 from frechet import FrechetDistance
-from judge_reference import machine
+from judged import best_of, opened, save
 from pixart_page import CACHED, FEWER, UNCACHED, contact_sheet, named, page
 from text_image_score import TextImageScore, mean_state
 from torch import Tensor
@@ -84,23 +82,12 @@ class Bench:
         # A model of pixels: no VAE, and the pipeline's 8 pixels a latent are its own.
         self.pipe = PixArtAlphaPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=net, scheduler=scheduler)
         self.pipe.set_progress_bar_config(disable=True)
-        self.result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"search": {}, "judged": {}}
-        weights = hashlib.sha256((model / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-        if self.result.get("settings", {}).get("weights_sha256", weights) != weights:
-            raise typer.BadParameter(f"{out} was measured with other weights; delete it to measure these.")
-        self.result["settings"] = {
-            "weights_sha256": weights, "training": json.loads((model / "training.json").read_text()),
+        settings = {
             "sampler": "DPM-Solver++", "dtype": "bfloat16", "scheduler": SCHEDULER_CONFIG, "steps": STEPS, "guidance": GUIDANCE,
             "pairs": len(self.emoji.images), "held_out": int(self.emoji.held_out.sum()), "concepts": len(self.emoji.names),
             "blocks": net.config.num_layers, "width": net.inner_dim, "weights": sum(p.numel() for p in net.parameters()),
         }  # fmt: skip
-        self.result["machine"] = machine()
-
-    def save(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.out.with_suffix(".partial")
-        aside.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(aside, self.out)
+        self.result = opened(out, model, settings)
 
     def plan_of(self, settings: Settings) -> tc.CacheConfig | CacheArtefact:
         """The settings as :func:`config_of` has them, with what train_pixart_cache.py trained where they name it."""
@@ -140,10 +127,8 @@ class Bench:
                 images, cached_macs = self.draw(pairs, noise, self.plan_of(settings), STEPS)
                 rows[named(settings)] = {"settings": settings, "psnr_db": psnr(images, reference), "speed_up": macs / cached_macs}
                 print(named(settings), rows[named(settings)], flush=True)
-                self.save()
-        cheap = [row for row in rows.values() if row["speed_up"] >= MIN_SPEED_UP]
-        best: Settings = max(cheap, key=lambda row: row["psnr_db"])["settings"]
-        return best
+                save(self.result, self.out)
+        return best_of(self.result, MIN_SPEED_UP)
 
     def judge(self, best: Settings, noises: int) -> None:
         """Every caption with ``noises`` noises: the rows of the page, and its pictures."""
@@ -177,7 +162,7 @@ class Bench:
                 "samples": len(pairs),
             }  # fmt: skip
             print(name, self.result["judged"][name], flush=True)
-            self.save()
+            save(self.result, self.out)
         contact_sheet(emoji, first).save(SHEET)
 
 

@@ -42,11 +42,25 @@ def starts(direction: Tensor) -> Tensor:
     return torch.stack([middle - reach * way, middle + (FRAMES - 1 - reach) * way], 1)
 
 
-class MovingFashion:
-    """Clips made as they are asked for, from Fashion-MNIST's ``split``."""
+def most_typical(images: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The ``count`` images of each class that are nearest to its mean, compared with the nearest mean of another class; indices."""
+    rows = images.flatten(1)
+    means = torch.stack([rows[labels == kind].mean(0) for kind in range(len(CLASS_NAMES))])
+    distances = torch.cdist(rows, means)
+    own = distances.gather(1, labels[:, None])[:, 0]
+    margin = distances.scatter(1, labels[:, None], torch.inf).amin(1) - own
+    of_kind = ((labels == kind).nonzero()[:, 0] for kind in range(len(CLASS_NAMES)))
+    return torch.cat([members[margin[members].topk(count).indices] for members in of_kind])
 
-    def __init__(self, split: str) -> None:
+
+class MovingFashion:
+    """Clips made as they are asked for, from Fashion-MNIST's ``split``: all of its objects, or ``typical`` ones of each class."""
+
+    def __init__(self, split: str, typical: int | None = None) -> None:
         images, self.labels = load_fashion_mnist(split)
+        if typical is not None:
+            chosen = most_typical(images, self.labels, typical)
+            images, self.labels = images[chosen], self.labels[chosen]
         grey = images[:, :, 2:-2, 2:-2].add(1).div(2)  # 28x28, as it comes
         # On a grid of half pixels, so that a step of half a pixel is one cell: no interpolation from frame to frame.
         twice = interpolate(grey, size=(2 * OBJECT, 2 * OBJECT), mode="bilinear", antialias=True)

@@ -14,7 +14,7 @@ import importlib.metadata
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -22,6 +22,7 @@ from emoji import load_emoji
 from fashion_mnist import load_fashion_mnist
 from frechet import FrechetDistance
 from peers import peer_methods
+from reference_pixart import MODEL as PIXART
 from reference_pixart import captions_in_turn, pixart_subject
 from rich.console import Console
 
@@ -48,12 +49,13 @@ def dit(samples: int) -> tuple[Subject, CacheArtefact]:
     return subject, CacheArtefact.from_pretrained(DEFAULT_PLAN, subject.load())
 
 
-def pixart(samples: int) -> tuple[Subject, None]:
+def pixart(samples: int) -> tuple[Subject, CacheArtefact]:
     """The reference PixArt: 20 guided DDIM steps, and the distance to the emoji it was trained on."""
     emoji = load_emoji()
     distance = FrechetDistance.to(emoji.images)
     floors = {"frechet": distance(emoji.images.flip(-1))}
-    return pixart_subject(captions_in_turn(samples, emoji), emoji, {"frechet": distance}, floors), None
+    subject = pixart_subject(captions_in_turn(samples, emoji), emoji, {"frechet": distance}, floors)
+    return subject, CacheArtefact.from_pretrained(PIXART.parent / "cache_pixart", subject.load())
 
 
 def main(
@@ -71,8 +73,6 @@ def main(
     torch.set_flush_denormal(True)
     console = Console()
     folder = out or RESULTS / f"pareto_{model}"
-    subject: Subject
-    artefact: Any
     subject, artefact = dit(samples) if model == "dit" else pixart(samples)
     subject = replace(subject, settings={**subject.settings, "cache-dit": importlib.metadata.version("cache-dit")})
     if samples < ENOUGH:

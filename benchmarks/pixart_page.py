@@ -49,7 +49,7 @@ def contact_sheet(emoji: Emoji, runs: dict[str, Tensor], columns: int = 13, zoom
     return sheet
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -101,7 +101,7 @@ spoon, ginger root).
 
 {settings["steps"]} DPM-Solver++ steps through `PixArtAlphaPipeline` in bfloat16, {uncached["samples"]:,} samples a row: every caption with {uncached["samples"] // settings["pairs"]} noises, the same in every row; ± is the standard deviation between noises.
 
-{_table(head, rows)}
+{table(head, rows)}
 
 - Cached against uncached, at {cached["speed_up"]:.2f}× fewer MACs: text-image score {score_change:+.2%}, Fréchet distance {frechet_change:+.2%}. Table III of the paper (PixArt-α, 1.95×): CLIP score +0.1 % (MSCOCO) and −0.2 %
   (PartiPrompts), FID −1.0 %.
@@ -117,5 +117,5 @@ I-steps 0 2 4 … 18 19 with ratio 0.9 and forecast 2 are what the package takes
 run above, and `LoRA` that of `cache_pixart_lora`, both trained by `benchmarks/train_pixart_cache.py` for the I-steps 0 4 8 11 14 16 18 19, forecast 1: to be read beside the rows of the same I-steps and K.
 With nothing recomputed there are no scores.
 
-{_table(["setting", "fewer MACs", "PSNR (dB)"], search)}
+{table(["setting", "fewer MACs", "PSNR (dB)"], search)}
 """

@@ -89,6 +89,9 @@ def standard_methods(steps: int, guided: bool, artefact: CacheArtefact | None = 
         if artefact is not None and artefact.predictor is not None:
             config = CacheConfig(scorer="predictor", selection=selection, schedule=schedule)
             found.append(cached(f"ours: predictor, ratio 0.9, {name}", config, artefact))
+    for every in (2, 3, 4, 5):
+        config = CacheConfig(ratio=1.0, schedule=Schedule.with_last(steps, every))
+        found.append(cached(f"ours: nothing recomputed, every {every} and the last", config))
     found += [cached(f"FORA, every {interval}", fora(steps, interval), family="FORA") for interval in (2, 3, 4)]
     if artefact is not None and artefact.predictor is not None:
         for full in sorted({max(1, round(share * steps)) for share in (0.24, 0.5)}):

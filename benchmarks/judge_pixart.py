@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTr
 from emoji import STYLES, encode, load_emoji
 from frechet import FrechetDistance
 from judged import best_of, opened, save
+from nearest_picture import nearest_concepts
 from pixart_page import CACHED, FEWER, UNCACHED, contact_sheet, named, page
 from text_image_score import TextImageScore, mean_state
 from torch import Tensor
@@ -138,7 +139,9 @@ class Bench:
         frechet = FrechetDistance.to(emoji.images)
         every, seen = torch.arange(count), ~emoji.held_out
         own = score(emoji.images, every)
+        unseen = emoji.held_out.nonzero()[:, 0]
         self.result["real"] = {
+            "nearest": asdict(nearest_concepts(emoji.images[unseen], unseen, emoji, without_itself=True)),
             "seen": own.mean(seen), "held_out": own.mean(emoji.held_out), "frechet_mirrored": frechet(emoji.images.flip(-1)),
             "frechet_other_style": frechet(emoji.images[every % len(STYLES) == 0]),
         }  # fmt: skip
@@ -152,12 +155,14 @@ class Bench:
             if name == UNCACHED:
                 reference, full_macs = images, macs
             agreement = score(images, pairs)
+            of_unseen = emoji.held_out[pairs]
             each = [frechet(part) for part in images.split(count)]
             scores = [float(part.double().mean()) for part in agreement.score.split(count)]
             self.result["judged"][name] = {
                 "settings": settings, "steps": steps, "macs": macs, "speed_up": full_macs / macs,
                 "psnr_db": None if name == UNCACHED else psnr(images, reference),
-                "all": agreement.mean(torch.ones(len(pairs), dtype=torch.bool)), "held_out": agreement.mean(emoji.held_out.repeat(noises)),
+                "all": agreement.mean(torch.ones(len(pairs), dtype=torch.bool)), "held_out": agreement.mean(of_unseen),
+                "nearest": asdict(nearest_concepts(images[of_unseen], pairs[of_unseen], emoji)),
                 "frechet": frechet(images), "frechet_spread": statistics.stdev(each), "score_spread": statistics.stdev(scores),
                 "samples": len(pairs),
             }  # fmt: skip

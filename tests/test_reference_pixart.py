@@ -133,3 +133,24 @@ def test_emoji_archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert read.held_out.nonzero()[:, 0].tolist() == [2 * 3 + 0, 7 * 3 + 1]
     with pytest.raises(FileNotFoundError, match=r"emoji-datasource-google-16\.0\.0\.tgz is not there.*npm pack"):
         emoji.load_emoji(tmp_path / "nowhere")
+
+
+def test_nearest_concepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture's own concept is found by its coarse colours, in any style; texture does not count."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from emoji import Emoji
+    from nearest_picture import nearest_concepts
+
+    draw = torch.Generator().manual_seed(0)
+    concepts = torch.rand(7, 1, 3, 8, 8, generator=draw).mul(2).sub(1).repeat_interleave(4, -1).repeat_interleave(4, -2)
+    styles = 0.05 * torch.randn(7, 3, 3, 32, 32, generator=draw)
+    emoji = Emoji((concepts + styles).flatten(0, 1), tuple("abcdefg"), torch.zeros(21, dtype=torch.bool))
+    pairs = torch.arange(21)
+    textured = emoji.images + 0.3 * torch.tensor([1.0, -1.0]).repeat(16)
+    assert nearest_concepts(textured, pairs, emoji).first == 1.0
+    assert nearest_concepts(emoji.images, pairs, emoji, without_itself=True).first == 1.0
+    strange = nearest_concepts(emoji.images, (pairs + 3) % 21, emoji)
+    assert strange.first == 0.0 and 0.0 < strange.few < 1.0
+    alone = Emoji(torch.randn(21, 3, 32, 32, generator=draw), emoji.names, emoji.held_out)
+    assert nearest_concepts(alone.images, pairs, alone).first == 1.0
+    assert nearest_concepts(alone.images, pairs, alone, without_itself=True).first < 1.0

@@ -204,12 +204,14 @@ def exported() -> str:
 
 
 def pareto(model: str) -> str:
-    """All methods on a reference model at equal speed: the table of its report, and what it says; empty before benchmarks/pareto.py ran."""
+    """All methods on a reference model at equal speed: the table of its report, and what it says; empty before benchmarks/pareto.py timed any."""
     file = f"benchmarks/results/pareto_{model}/bench.json"
     if not (ROOT / file).exists():
         return ""
     result = read(file)
     found, measured = points(result), result["settings"]
+    if "latency" not in measured:
+        return ""
     metrics = [metric for metric in METRICS if metric.key != "ssim" and any(p.value(metric) is not None for p in found)]
     parts = [
         f"**Beside peers on the {measured['subject']['model']}**: {measured['subject']['steps']} guided DDIM steps, {measured['quality']['samples']} samples, "

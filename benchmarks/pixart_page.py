@@ -95,8 +95,7 @@ The run was lengthened twice when time allowed (planned for 130,000, then 250,00
 
 ![Real pictures and samples](text_to_image.png)
 
-Captions of training give the picture they are of. Most held-out ones show their concept (burrito, tangerine, strawberry, waffle, shaved ice); a few do not (spoon, bowl with spoon). Their style is
-one of the two that the concept was seen in.
+Captions of training give the picture they are of. Most held-out ones show their concept (burrito, tangerine, strawberry, waffle, shaved ice); a few do not (spoon, bowl with spoon).
 
 ## Uncached and cached
 
@@ -109,8 +108,8 @@ one of the two that the concept was seen in.
 - Text-image score: 100 · cosine of two linear heads on frozen EfficientNet-Lite0 and MiniLM, trained on the same pairs as the generator (`benchmarks/text_image_score.py`). A concept is right if the caption
   nearest to the picture, of all {settings["pairs"]}, is one of its three. On the real held-out pictures, which the heads did not see, the concept is right for {real["held_out"]["concept"]:.1%}: that is how far held-out figures can be read.
 - Held-out pairs, once more without any training (`benchmarks/nearest_picture.py`): of the {settings["concepts"]} concepts, the one with the nearest real picture (8×8 pixels) is that of the caption for
-  {uncached["nearest"]["first"]:.0%} of the samples, and one of the five nearest for {uncached["nearest"]["few"]:.0%}; real held-out pictures, compared with all but themselves, are at {real["nearest"]["first"]:.0%} and {real["nearest"]["few"]:.0%}. So the model draws the concept; the style that it was never
-  shown it does not: it is right for {uncached["held_out"]["style"]:.0%} by the heads, and for {real["held_out"]["style"]:.0%} of the real held-out pictures, where one in three is chance.
+  {uncached["nearest"]["first"]:.0%} of the samples, and one of the five nearest for {uncached["nearest"]["few"]:.0%}; real held-out pictures, compared with all but themselves, are at {real["nearest"]["first"]:.0%} and {real["nearest"]["few"]:.0%}. So the model draws the concept. Whether it
+  takes over the style cannot be told: the heads find it right for {uncached["held_out"]["style"]:.0%}, and for {real["held_out"]["style"]:.0%} of the real held-out pictures, where one in three is chance.
 - Fréchet distance as in `benchmarks/frechet.py`, to the real pictures. The same pictures mirrored are at {real["frechet_mirrored"]:.2f}, those of one style alone at {real["frechet_other_style"]:.2f}.
 
 ## What was searched

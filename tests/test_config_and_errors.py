@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import toy
@@ -184,6 +187,28 @@ def test_the_default_schedule_is_denser_in_short_runs_and_ends_in_an_i_step(step
     assert [step for step in range(steps) if schedule.is_full(step)] == full
     assert CacheConfig(schedule=Schedule(3)).schedule_of(steps) == Schedule(3), "a schedule that was asked for stays"
     assert CacheConfig().schedule_of(None) == Schedule(4), "the number of steps is not known"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "forecast"),
+    [
+        ("EulerAncestralDiscreteScheduler", {}, 0),
+        ("DDPMScheduler", {}, 0),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 0),
+        ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, 0),
+        ("FlowMatchEulerDiscreteScheduler", {}, 2),
+        ("DPMSolverMultistepScheduler", {}, 2),
+        ("DDIMScheduler", {}, 2),
+    ],
+)
+def test_samplers_that_add_noise_hold_by_default(model: Model, name: str, settings: dict[str, Any], forecast: int) -> None:
+    """Only where nothing was asked for: a forecast by name, a config or an artefact stays what it is."""
+    scheduler = getattr(diffusers, name)(**settings)
+    defaults = CacheConfig()
+    transform = partial(tokencache_compile.transform, model, scheduler=scheduler)
+    assert transform(ratio=0.9).cache_config == replace(defaults, ratio=0.9, forecast=forecast)
+    assert transform(forecast=1).cache_config.forecast == 1
+    assert transform(defaults).cache_config == transform(config=defaults).cache_config == defaults
 
 
 def test_paper_settings() -> None:

@@ -18,6 +18,7 @@ from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
 from tokencache_compile.requests import SchedulerWatch
 from tokencache_compile.runtime import Dispatcher
+from tokencache_compile.samplers import adds_noise
 
 Plan = float | CacheConfig | CacheArtefact | str | os.PathLike[str] | None
 COMPONENTS = ("transformer", "transformer_2")  # of a pipeline; Wan 2.2 has a second one, for low noise
@@ -54,7 +55,8 @@ def transform(
         backend: "inductor" (``torch.compile``, one frame a graph, no break) or "eager".
         example_inputs: keyword arguments of one call, to capture and compile now and not at the first call.
         scheduler: the sampler's scheduler, whose ``set_timesteps`` then marks each request's begin. Taken from a pipeline.
-        settings: fields of :class:`CacheConfig`, such as ``last_k=2`` or ``schedule=Schedule(every=3)``.
+        settings: fields of :class:`CacheConfig`, such as ``last_k=2`` or ``schedule=Schedule(every=3)``. With a scheduler that adds fresh
+            noise at every step (DDPM, ancestral, SDE), and neither config nor artefact, ``forecast`` is 0 unless it is named.
 
     Returns:
         For a model a :class:`Dispatcher` to use in its place; for a pipeline the same pipeline, its transformer replaced.
@@ -134,6 +136,8 @@ def _transformed(
         settings["ratio"] = plan
     if predictor is not None:
         settings.setdefault("scorer", "predictor")
+    if config is None and adds_noise(scheduler):
+        settings.setdefault("forecast", 0)
     settings_now = replace(config or CacheConfig(), **settings)
     if (settings_now.scorer == "predictor") != (predictor is not None):
         raise ConfigError(

@@ -40,7 +40,7 @@ class CacheConfig:
         context: what a kept token attends to (SPEC section 4): ``kept`` tokens only, keys and values ``cached`` at
             their last computation, recomputed in ``full``, or the attention output reused whole (``reuse``).
         forecast: order of the extrapolation of what is not recomputed: 0 holds the last update (the paper), 1 and 2
-            extrapolate each token's own last computed updates.
+            extrapolate each token's own last computed updates. (:func:`transform` without a config takes 0 with samplers that add noise.)
         history: which of a token's updates the cache holds. ``computed``: its last computed ones, those of P-steps included
             (the paper). ``full_steps``: those of I-steps, evenly spaced, which is what a forecast extrapolates well from; what
             a P-step recomputes then serves that step alone.

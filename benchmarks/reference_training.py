@@ -7,15 +7,22 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from tokencache_compile.learn.checkpoint import load_checkpoint, save_checkpoint
 from tokencache_compile.learn.loop import generator_of
+
+# Options of the scripts
+PeakRate = Annotated[float, typer.Option(help="Learning rate of the plateau.")]
+EmaDecay = Annotated[float, typer.Option(help="Decay of the weight average a step.")]
+CaptionDropout = Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")]
+MixedPrecision = Annotated[str, typer.Option(help="accelerate's mixed precision: no, bf16 or fp16.")]
 
 LossOf = Callable[[Any, torch.Generator, torch.device], Tensor]  # the net, what a batch is drawn from, and where the net is
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from emoji import encode, load_emoji, save_captions
-from reference_training import train
+from reference_training import CaptionDropout, EmaDecay, MixedPrecision, PeakRate, train
 from torch import Tensor
 
 MODEL_CONFIG = dict(
@@ -37,10 +37,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, log and averaged weights.")],
     images: Annotated[int, typer.Option(help="Training images in total.")] = 320_000,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 32,
-    peak_lr: Annotated[float, typer.Option(help="Learning rate of the plateau.")] = 1e-3,
-    ema_decay: Annotated[float, typer.Option(help="Decay of the weight average a step.")] = 0.999,
-    caption_dropout: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
-    mixed_precision: Annotated[str, typer.Option(help="accelerate's mixed precision: no, bf16 or fp16.")] = "bf16",
+    peak_lr: PeakRate = 1e-3,
+    ema_decay: EmaDecay = 0.999,
+    caption_dropout: CaptionDropout = 0.1,
+    mixed_precision: MixedPrecision = "bf16",
     minutes_between_checkpoints: float = 3.0,
     seed: int = 0,
 ) -> None:

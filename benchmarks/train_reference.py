@@ -17,7 +17,7 @@ import typer
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from fashion_mnist import load_fashion_mnist
-from reference_training import train
+from reference_training import EmaDecay, MixedPrecision, PeakRate, train
 from torch import Tensor
 
 NULL_LABEL = 10  # the unconditional class of classifier-free guidance
@@ -32,10 +32,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, log and averaged weights.")],
     images: Annotated[int, typer.Option(help="Training images in total.")] = 500_000,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    peak_lr: Annotated[float, typer.Option(help="Learning rate of the plateau.")] = 1e-3,
-    ema_decay: Annotated[float, typer.Option(help="Decay of the weight average a step.")] = 0.999,
+    peak_lr: PeakRate = 1e-3,
+    ema_decay: EmaDecay = 0.999,
     label_dropout: Annotated[float, typer.Option(help="Share of labels replaced by the null class.")] = 0.1,
-    mixed_precision: Annotated[str, typer.Option(help="accelerate's mixed precision: no, bf16 or fp16.")] = "bf16",
+    mixed_precision: MixedPrecision = "bf16",
     minutes_between_checkpoints: float = 3.0,
     seed: int = 0,
 ) -> None:

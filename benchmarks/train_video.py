@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, WanTransformer3DModel
 from emoji import encode, save_captions
 from moving_fashion import CAPTIONS, FRAMES, MovingFashion
-from reference_training import train
+from reference_training import CaptionDropout, EmaDecay, MixedPrecision, PeakRate, train
 from torch import Tensor
 
 MODEL_CONFIG = dict(
@@ -84,10 +84,10 @@ def main(
     clips: Annotated[int, typer.Option(help="Training clips in total.")] = 48_000,
     typical: Annotated[int | None, typer.Option(help="Train on as many typical objects of each class; on all if left out.")] = None,
     batch: Annotated[int, typer.Option(help="Clips a step.")] = 16,
-    peak_lr: Annotated[float, typer.Option(help="Learning rate of the plateau.")] = 7e-4,
-    ema_decay: Annotated[float, typer.Option(help="Decay of the weight average a step.")] = 0.999,
-    caption_dropout: Annotated[float, typer.Option(help="Share of captions replaced by the empty one.")] = 0.1,
-    mixed_precision: Annotated[str, typer.Option(help="accelerate's mixed precision: no, bf16 or fp16.")] = "bf16",
+    peak_lr: PeakRate = 7e-4,
+    ema_decay: EmaDecay = 0.999,
+    caption_dropout: CaptionDropout = 0.1,
+    mixed_precision: MixedPrecision = "bf16",
     minutes_between_checkpoints: float = 3.0,
     seed: int = 0,
 ) -> None:

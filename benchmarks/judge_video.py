@@ -29,7 +29,7 @@ from video_page import CACHED, FEWER, UNCACHED, animation, contact_sheet, named,
 
 import tokencache_compile as tc
 from tokencache_compile.metrics import psnr
-from tokencache_compile.sampling import Conditions, sample
+from tokencache_compile.sampling import Conditions, sample, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, RESULT = ROOT / "tokencache_compile" / "reference" / "video", ROOT / "benchmarks" / "results" / "judge_video.json"
@@ -84,8 +84,7 @@ class Bench:
             conditions = Conditions(
                 {"encoder_hidden_states": self.states[part]}, {"encoder_hidden_states": self.null_state}, GUIDANCE
             )  # fmt: skip
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1000 * seed + number)
+            with seeded(1000 * seed + number):
                 noise = torch.randn(len(part), 3, FRAMES, 32, 32).bfloat16()
                 done.append(sample(net, scheduler, noise, steps, conditions).float().clamp(-1, 1))
         return torch.cat(done), net.summary().macs / len(part)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tokencache_compile as tc
 from tokencache_compile.metrics import psnr
-from tokencache_compile.sampling import Conditions, sample
+from tokencache_compile.sampling import Conditions, sample, seeded
 
 FOLDER = Path(tc.__file__).parent / "reference" / "video"
 SCHEDULER: dict[str, Any] = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
@@ -42,8 +42,7 @@ def draw(net: Any, plan: tc.CacheConfig) -> tuple[Tensor, Any]:
     conditions = Conditions({"encoder_hidden_states": states[rows]}, {"encoder_hidden_states": states[[names.index("")]]}, 2.5)
     scheduler = EulerAncestralDiscreteScheduler(**SCHEDULER)
     fast = tc.transform(net, plan, scheduler=scheduler, backend="eager")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         clips = sample(fast, scheduler, torch.randn(len(rows), 3, FRAMES, 32, 32), STEPS, conditions)
     return clips.clamp(-1, 1), fast.summary()
 

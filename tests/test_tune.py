@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 from tiny import LAYERS, build, draw_weights
 from torch import Tensor
 
@@ -44,6 +44,20 @@ SPACE = [
     CacheConfig(ratio=ratio, last_k=last_k, schedule=Schedule(every=every))
     for ratio, last_k, every in ((1.0, 0, 4), (1.0, 0, 2), (0.5, 1, 2), (0.5, 1, 4))
 ]
+
+
+def test_a_sampler_that_adds_noise_is_compared_on_the_same_noise(tmp_path: Path) -> None:
+    """Whatever torch's generator is at, and it goes on as if nothing had been drawn; held updates are where the search begins."""
+    noise, conditions = noise_and_conditions()
+    model, found = build("dit"), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before, scheduler = torch.get_rng_state(), EulerAncestralDiscreteScheduler()
+        result = tune(model, scheduler, noise, conditions, STEPS, Goal(psnr=-100.0), tmp_path / f"{seed}.json", budget=2)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(result)
+    assert found[0] == found[1] and found[0].candidates[0].config == CacheConfig(forecast=0)
+    assert found[0].candidates[0].psnr > 20
 
 
 def test_front_and_choice() -> None:

@@ -18,7 +18,7 @@ from tokencache_compile.plan import CacheConfig
 from tokencache_compile.predictor import CachePredictor
 from tokencache_compile.requests import SchedulerWatch
 from tokencache_compile.runtime import Dispatcher
-from tokencache_compile.samplers import adds_noise
+from tokencache_compile.samplers import default_config
 
 Plan = float | CacheConfig | CacheArtefact | str | os.PathLike[str] | None
 COMPONENTS = ("transformer", "transformer_2")  # of a pipeline; Wan 2.2 has a second one, for low noise
@@ -136,9 +136,7 @@ def _transformed(
         settings["ratio"] = plan
     if predictor is not None:
         settings.setdefault("scorer", "predictor")
-    if config is None and adds_noise(scheduler):
-        settings.setdefault("forecast", 0)
-    settings_now = replace(config or CacheConfig(), **settings)
+    settings_now = replace(config or default_config(scheduler), **settings)
     if (settings_now.scorer == "predictor") != (predictor is not None):
         raise ConfigError(
             f"scorer={settings_now.scorer!r} and {'a' if predictor is not None else 'no'} predictor were given. "

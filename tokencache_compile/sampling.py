@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,15 @@ def guided(output: Tensor, guidance: float) -> Tensor:
     """uncond + w · (cond − uncond) of an output [2B, …] whose rows are the conditional ones, then the unconditional."""
     conditional, unconditional = output.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What a sampler draws within, besides its first noise, comes from ``seed``, so that runs can be compared; torch's own generators
+    go on afterwards as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def sample(transformer: Any, scheduler: Any, noise: Tensor, steps: int, conditions: Conditions, on_step: OnStep | None = None) -> Tensor:

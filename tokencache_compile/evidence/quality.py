@@ -18,7 +18,7 @@ from tokencache_compile.macs import MacCounter
 from tokencache_compile.metrics import psnr, ssim
 from tokencache_compile.paper_macs import PaperMacCounter
 from tokencache_compile.runtime import Dispatcher
-from tokencache_compile.sampling import sample
+from tokencache_compile.sampling import sample, seeded
 
 BACKEND = "eager"  # so that MACs are counted as they run, in whatever a method does
 
@@ -61,7 +61,7 @@ def draw_samples(subject: Subject, method: Method, count: int, chunk: int, advan
         def on_step(_: int, prediction: Tensor, seen: list[Tensor] = seen) -> None:
             seen.append(subject.finished(prediction))
 
-        with MacCounter() as own, PaperMacCounter() as paper:
+        with seeded(start), MacCounter() as own, PaperMacCounter() as paper:
             drawn = sample(net, scheduler, noise, steps, conditions, on_step if subject.predicts_x0 else None)
         macs, paper_macs = macs + own.macs, paper_macs + paper.macs
         images.append(subject.finished(drawn))

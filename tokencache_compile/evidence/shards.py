@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,7 +28,7 @@ from tokencache_compile.evidence.subject import Subject
 from tokencache_compile.learn.inputs import SAMPLE
 from tokencache_compile.metrics import decibels
 from tokencache_compile.pixels import from_bytes, to_bytes
-from tokencache_compile.sampling import sample
+from tokencache_compile.sampling import sample, seeded
 
 SETTINGS = "settings.json"
 
@@ -106,8 +105,8 @@ def draw_shards(
     for number in own:
         rows = shards.rows(number)
         noise, conditions = subject.draw(rows.start, len(rows))
-        torch.manual_seed(number)  # for what a sampler draws besides
-        drawn = sample(net, scheduler, noise, steps, conditions)
+        with seeded(number):
+            drawn = sample(net, scheduler, noise, steps, conditions)
         shown = drawn if subject.decode is None else subject.decode(drawn)
         with _written_whole(shards.path(number), process) as path:
             save_file({SAMPLE: to_bytes(shown).cpu().contiguous()}, path)

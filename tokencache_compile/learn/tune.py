@@ -28,7 +28,8 @@ from tokencache_compile.errors import ConfigError
 from tokencache_compile.metrics import psnr
 from tokencache_compile.plan import CacheConfig, Context
 from tokencache_compile.predictor import CachePredictor
-from tokencache_compile.sampling import Conditions, sample
+from tokencache_compile.samplers import default_config
+from tokencache_compile.sampling import Conditions, sample, seeded
 from tokencache_compile.schedule import Schedule
 
 _FORMAT = 1
@@ -142,6 +143,7 @@ def tune(
         model: the uncached transformer; ``predictor`` scores its tokens if given, else the scorer of ``base``.
         noise: [B, C, …], with the conditions of each row; the same for all candidates.
         steps: sampling steps of the deployment.
+        base: settings that the candidates vary; what :func:`transform` takes with this scheduler if left out.
         out: JSON file of the measurements; found there, the search goes on with it.
         budget: candidates measured in all, those of an earlier search included.
         measure_latency: compile every candidate (inductor) and time whole runs in turn with the uncached model, compiled alike.
@@ -150,7 +152,7 @@ def tune(
     Raises:
         ConfigError: nothing meets the goal, or ``out`` holds another search's measurements.
     """
-    base = base or CacheConfig()
+    base = base or default_config(scheduler)
     if predictor is not None:
         base = replace(base, scorer="predictor")
     candidates = list(space if space is not None else search_space(base, steps))[:budget]
@@ -186,7 +188,8 @@ class _Runner:
             self._run(self.uncached)
 
     def _run(self, transformer: Any) -> Tensor:
-        return sample(transformer, self.scheduler, self.noise, self.steps, self.conditions)
+        with seeded(0):
+            return sample(transformer, self.scheduler, self.noise, self.steps, self.conditions)
 
     def measure(self, config: CacheConfig) -> Candidate:
         """PSNR, MACs and, if asked for, the clock of one candidate."""

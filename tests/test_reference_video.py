@@ -21,8 +21,8 @@ from tokencache_compile.sampling import Conditions, sample, seeded
 
 FOLDER = Path(tc.__file__).parent / "reference" / "video"
 SCHEDULER: dict[str, Any] = dict(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, prediction_type="v_prediction")
-STEPS, FRAMES = 20, 16
-CAPTIONS = ("red T-shirt moving left", "red dress moving down", "green shirt moving up", "blue ankle boot moving right")
+STEPS, FRAMES = 16, 16
+CAPTIONS = ("red T-shirt moving left", "green shirt moving up")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def benchmarks() -> Any:
 
 
 def draw(net: Any, plan: tc.CacheConfig) -> tuple[Tensor, Any]:
-    """One clip a caption, [4, 3, 16, 32, 32], all noise from one seed; and the summary of the run."""
+    """One clip a caption, [2, 3, 16, 32, 32], all noise from one seed; and the summary of the run."""
     with safe_open(FOLDER / "captions.safetensors", framework="pt") as file:
         names = json.loads(file.metadata()["captions"])
         states = file.get_tensor("states") * file.get_tensor("mask")[..., None]

@@ -22,10 +22,11 @@ import typer
 from diffusers import EulerAncestralDiscreteScheduler, WanTransformer3DModel
 from judged import best_of, opened, save
 from moving_fashion import CAPTIONS, FRAMES, MovingFashion
+from pixart_page import CACHED, FEWER, UNCACHED, named
 from torch import Tensor
 from train_video import SCHEDULER_CONFIG, captions_encoded
 from video_judge import VideoJudge
-from video_page import CACHED, FEWER, UNCACHED, animation, contact_sheet, named, page
+from video_page import animation, contact_sheet, page
 
 import tokencache_compile as tc
 from tokencache_compile.metrics import psnr

@@ -134,6 +134,9 @@ def main(
     if accelerator.is_main_process:
         shutil.copytree(out / "ema", out / "shipped", dirs_exist_ok=True)
         WanTransformer3DModel.from_pretrained(out / "ema", torch_dtype=torch.bfloat16).save_pretrained(out / "shipped")
+        config = json.loads((out / "shipped" / "config.json").read_text())
+        config.pop("_name_or_path")  # a folder of this machine
+        (out / "shipped" / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ from typing import Any
 
 from moving_fashion import CAPTIONS, FRAMES
 from PIL import Image, ImageDraw, ImageFont
-from pixart_page import CACHED, FEWER, UNCACHED, named, table
+from pixart_page import CACHED, UNCACHED, named, table
 from torch import Tensor
 
-__all__ = ["CACHED", "FEWER", "UNCACHED", "animation", "contact_sheet", "named", "page"]
 SHOWN = tuple(20 * kind + 7 * kind % 20 for kind in range(len(CAPTIONS) // 20))  # one of every class, colours and directions mixed
 LEFT, HEAD, ZOOM = 76, 52, 2
 

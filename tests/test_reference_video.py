@@ -64,6 +64,26 @@ def test_captions_are_followed_and_caching_keeps_the_clips(benchmarks: None) -> 
     assert closeness > 25 and closeness > psnr(cached.roll(1, 0), uncached) + 6, "nearer to its own clip than to another caption's"
 
 
+def test_the_attention_written_out_for_training_is_wans(benchmarks: None) -> None:
+    from train_video import WrittenOutAttention
+
+    torch.manual_seed(0)
+    net = WanTransformer3DModel(
+        patch_size=(2, 4, 4), num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=8, freq_dim=16,
+        ffn_dim=32, num_layers=2, cross_attn_norm=True,
+    ).eval()  # fmt: skip
+    given = (torch.randn(2, 3, 4, 8, 8), torch.tensor([10.0, 900.0]), torch.randn(2, 5, 8))
+    with torch.no_grad():
+        expected = net(*given, return_dict=False)[0]
+        for block in net.blocks:
+            block.attn1.set_processor(WrittenOutAttention())
+            block.attn2.set_processor(WrittenOutAttention())
+        torch.testing.assert_close(net(*given, return_dict=False)[0], expected, rtol=1e-5, atol=1e-5)
+        for block in net.blocks:
+            block.attn1.to_v.weight.mul_(2)
+        assert not torch.allclose(net(*given, return_dict=False)[0], expected, atol=1e-3)
+
+
 def write_idx(path: Path, values: np.ndarray) -> None:
     with gzip.open(path, "wb") as file:
         file.write(struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape) + values.tobytes())

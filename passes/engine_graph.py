@@ -24,7 +24,7 @@ from tokencache_compile.passes.inline_regions import inline_regions
 from tokencache_compile.passes.logical_fills import logical_fills
 from tokencache_compile.passes.pipeline import StepPrograms
 from tokencache_compile.passes.real_tables import real_tables
-from tokencache_compile.passes.verify import extra_inputs
+from tokencache_compile.passes.step_graph import extra_inputs
 
 SelectionPlace = Literal["graph", "host"]
 

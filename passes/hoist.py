@@ -27,7 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 from tokencache_compile.ir import HoistedStep, StepProgram
 from tokencache_compile.passes.inline_regions import Place, inline_regions
 from tokencache_compile.passes.regions import Region
-from tokencache_compile.passes.verify import extra_inputs
+from tokencache_compile.passes.step_graph import extra_inputs
 
 _LINEAR = torch.ops.aten.linear.default
 

@@ -86,6 +86,12 @@ class StepGraph:
         return StepProgram(kind, keep, module, self.program.input_names, num_outputs, self.caches, (*self.program.provenance, note))
 
 
+def extra_inputs(step: StepProgram) -> tuple[str, ...]:
+    """Names of the graph's inputs between the model's own and the caches: step number, random scores."""
+    names = tuple(n.target for n in step.module.graph.nodes if n.op == "placeholder")
+    return tuple(str(name) for name in names[len(step.input_names) : len(names) - len(step.caches)])
+
+
 def _attribute(module: GraphModule, path: str) -> Tensor:
     *parents, name = path.split(".")
     owner: Any = module

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 
 from tokencache_compile.errors import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import BlockProgram, CacheUnit, Capture, StepProgram
@@ -17,15 +16,10 @@ from tokencache_compile.opaque_modules import ON_GRID
 from tokencache_compile.passes.caches import unit_caches
 from tokencache_compile.passes.capture import BLOCK_OP
 from tokencache_compile.passes.kept_rows import KeptRows
+from tokencache_compile.passes.on_shapes import run_on_shapes
 from tokencache_compile.passes.regions import cached_region
 from tokencache_compile.passes.rounding import agree, leap_of
 from tokencache_compile.plan import CacheConfig, CachePlan
-
-
-def extra_inputs(step: StepProgram) -> tuple[str, ...]:
-    """Names of the graph's inputs between the model's own and the caches: step number, random scores."""
-    names = tuple(n.target for n in step.module.graph.nodes if n.op == "placeholder")
-    return tuple(str(name) for name in names[len(step.input_names) : len(names) - len(step.caches)])
 
 
 def verify_blocks(program: BlockProgram) -> None:
@@ -38,25 +32,6 @@ def verify_blocks(program: BlockProgram) -> None:
         missing = [name for name in block.weight_fqns(program.body_of(block)) if name not in program.tensors]
         if missing:
             raise InvariantError(f"{block.fqn} lacks the weights {missing}")
-
-
-def run_on_shapes(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int], counter: MacCounter) -> Sequence[Tensor]:
-    """Run the step, ``counter`` counting, on shapes alone: the values of ``inputs`` are used only where shapes depend on them."""
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            return _run(step, [mode.from_tensor(t) for t in inputs], num_random, counter)
-    except (DynamicOutputShapeException, UnsupportedOperatorException):  # a mask's values decide shapes in it
-        counter.macs = 0
-        return _run(step, inputs, num_random, counter)
-
-
-def _run(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int], counter: MacCounter) -> Sequence[Tensor]:
-    device = inputs[0].device
-    extras = [torch.zeros(num_random if name == "random_scores" else (), device=device) for name in extra_inputs(step)]
-    caches = [torch.zeros(spec.shape, dtype=spec.dtype, device=device) for spec in step.caches]
-    with torch.no_grad(), counter:
-        results: Sequence[Tensor] = step.module(*inputs, *extras, *caches)
-    return results
 
 
 def verify_step(step: StepProgram, inputs: Sequence[Tensor], num_random: tuple[int, int, int]) -> int:

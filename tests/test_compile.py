@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from tokencache_compile import CacheConfig
 from tokencache_compile.ir import StepProgram
 from tokencache_compile.passes.regions import Region
-from tokencache_compile.passes.verify import extra_inputs
+from tokencache_compile.passes.step_graph import extra_inputs
 
 STEPS = 6
 

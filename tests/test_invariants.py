@@ -29,7 +29,7 @@ from tokencache_compile import Schedule
 from tokencache_compile.ir import StepProgram
 from tokencache_compile.macs import MacCounter
 from tokencache_compile.passes.pipeline import StepPrograms
-from tokencache_compile.passes.verify import extra_inputs
+from tokencache_compile.passes.step_graph import extra_inputs
 
 CACHED = LAYERS - LAST_K
 CONTEXTS = ("kept", "full", "cached", "reuse")

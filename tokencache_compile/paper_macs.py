@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from tokencache_compile.ir import StepProgram
 from tokencache_compile.macs import MacCounter, aten
+from tokencache_compile.passes.on_shapes import run_on_shapes
 from tokencache_compile.passes.pipeline import StepPrograms
-from tokencache_compile.passes.verify import run_on_shapes
 
 GUIDANCE = 2
 _NORM, _AFFINE_NORM = 4, 5  # operations an element

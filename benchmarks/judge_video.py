@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,19 +24,19 @@ from diffusers import EulerAncestralDiscreteScheduler, WanTransformer3DModel
 from judged import best_of, opened, save
 from moving_fashion import CAPTIONS, FRAMES, MovingFashion
 from pixart_page import CACHED, FEWER, UNCACHED, named
+from reference_video import GUIDANCE, MODEL, STEPS, guided_captions
 from torch import Tensor
-from train_video import SCHEDULER_CONFIG, captions_encoded
+from train_video import SCHEDULER_CONFIG
 from video_judge import VideoJudge
 from video_page import animation, contact_sheet, page
 
 import tokencache_compile as tc
 from tokencache_compile.metrics import psnr
-from tokencache_compile.sampling import Conditions, sample, seeded
+from tokencache_compile.sampling import sample, seeded
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL, RESULT = ROOT / "tokencache_compile" / "reference" / "video", ROOT / "benchmarks" / "results" / "judge_video.json"
-DOCS = ROOT / "docs"
-STEPS, FEWER_STEPS, GUIDANCE, BATCH, MIN_SPEED_UP = 50, 25, 2.5, 10, 1.9
+RESULT, DOCS = ROOT / "benchmarks" / "results" / "judge_video.json", ROOT / "docs"
+FEWER_STEPS, BATCH, MIN_SPEED_UP = 25, 10, 1.9
 FEWER_SEARCHED = (25, 17)  # about 2x and 3x fewer MACs
 
 Settings = dict[str, Any]
@@ -66,7 +67,7 @@ class Bench:
 
     def __init__(self, model: Path, out: Path) -> None:
         self.out = out
-        self.states, self.null_state = captions_encoded(CAPTIONS).bfloat16(), captions_encoded(("",)).bfloat16()
+        self.conditions = guided_captions(torch.arange(len(CAPTIONS)))
         self.net = WanTransformer3DModel.from_pretrained(model, torch_dtype=torch.bfloat16).eval()
         config = self.net.config
         settings = {
@@ -82,9 +83,8 @@ class Bench:
         net = tc.transform(self.net, plan, scheduler=scheduler, backend="eager")
         done = []
         for number, part in enumerate(captions.split(BATCH)):
-            conditions = Conditions(
-                {"encoder_hidden_states": self.states[part]}, {"encoder_hidden_states": self.null_state}, GUIDANCE
-            )  # fmt: skip
+            given = {name: value[part] for name, value in self.conditions.given.items()}
+            conditions = replace(self.conditions, given=given)
             with seeded(1000 * seed + number):
                 noise = torch.randn(len(part), 3, FRAMES, 32, 32).bfloat16()
                 done.append(sample(net, scheduler, noise, steps, conditions).float().clamp(-1, 1))

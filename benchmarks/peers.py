@@ -2,8 +2,8 @@
 
     pip install --no-deps cache-dit==1.5.3
 
-Neither lists DiT or PixArt: what had to be done by hand is each method's ``note``. Latency is measured both as torch.compile leaves them,
-graph breaks and all, and eager.
+Both list Wan, and neither DiT or PixArt: what had to be done by hand for these is each method's ``note``. Latency is measured both as
+torch.compile leaves them, graph breaks and all, and eager.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import CacheMixin, FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig, WanTransformer3DModel
 from diffusers.hooks import HookRegistry, apply_first_block_cache, apply_mag_cache, apply_taylorseer_cache
 from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from torch import Tensor, nn
@@ -24,7 +24,14 @@ from tokencache_compile.sampling import sample
 
 Net = Any
 BACKENDS = ("inductor", "eager")
+DBCACHE_NOTE = "DiT's epilogue reads transformer_blocks[0].norm1, which its wrapper was given"
 HOOKS_NOTE = "applied by function and given a context by hand: the class is no CacheMixin"
+
+
+def blocks_of(net: Net) -> nn.ModuleList:
+    """The transformer blocks, by either of the names that diffusers gives them."""
+    found: nn.ModuleList = net.blocks if isinstance(net, WanTransformer3DModel) else net.transformer_blocks
+    return found
 
 
 class Requests:
@@ -52,14 +59,16 @@ def uncached_by_torch() -> Method:
     return Method("uncached, torch.compile", "uncached, torch.compile", lambda net, _, backend: compiled(net, backend), backends=BACKENDS)
 
 
-def cache_dit(name: str, family: str, steps: int, every: int | None, taylor: int, threshold: float = 0.08) -> Method:
+def cache_dit(name: str, family: str, subject: Subject, every: int | None, taylor: int, threshold: float = 0.08) -> Method:
     """DBCache whose first block is computed always, the others by a step mask or by the residual ``threshold``."""
+    steps, listed = subject.steps, isinstance(subject.load(), CacheMixin)
 
     def start(net: nn.Module, _: Any, backend: str) -> Requests:
         import cache_dit as peer
         from cache_dit.caching.cache_blocks.pattern_3_4_5 import CachedBlocks_Pattern_3_4_5 as Wrapped
 
-        Wrapped.norm1 = property(lambda wrapped: wrapped.transformer_blocks[0].norm1)
+        if not listed:
+            Wrapped.norm1 = property(lambda wrapped: wrapped.transformer_blocks[0].norm1)
         masked: dict[str, Any] = {}
         if every is not None:
             masked = {"steps_computation_mask": [int(i % every == 0) for i in range(steps)], "steps_computation_policy": "static"}
@@ -67,19 +76,18 @@ def cache_dit(name: str, family: str, steps: int, every: int | None, taylor: int
             Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=0 if every else 3, residual_diff_threshold=threshold,
             num_inference_steps=steps, enable_separate_cfg=False, **masked,
         )  # fmt: skip
-        adapter = peer.BlockAdapter(
-            transformer=net, blocks=net.transformer_blocks, forward_pattern=peer.ForwardPattern.Pattern_3, check_forward_pattern=False
-        )
+        pattern = peer.ForwardPattern.Pattern_2 if listed else peer.ForwardPattern.Pattern_3  # cache-dit's own for Wan, for DiT
+        adapter = peer.BlockAdapter(transformer=net, blocks=blocks_of(net), forward_pattern=pattern, check_forward_pattern=False)
         calibrator = peer.TaylorSeerCalibratorConfig(taylorseer_order=taylor) if taylor else None
         peer.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
         return Requests(compiled(net, backend), steps, lambda: peer.refresh_context(net, num_inference_steps=steps))
 
-    note = "DiT's epilogue reads transformer_blocks[0].norm1, which its wrapper was given"
-    return Method(f"{family}: {name}", family, start, backends=BACKENDS, note=note)
+    return Method(f"{family}: {name}", family, start, backends=BACKENDS, note="" if listed else DBCACHE_NOTE)
 
 
-def hooked(name: str, family: str, steps: int, apply: Callable[[Net], None]) -> Method:
+def hooked(name: str, family: str, subject: Subject, apply: Callable[[Net], None]) -> Method:
     """One of diffusers' cache hooks; ``apply`` puts it on."""
+    steps, listed = subject.steps, isinstance(subject.load(), CacheMixin)
 
     def start(net: nn.Module, _: Any, backend: str) -> Requests:
         apply(net)
@@ -90,16 +98,16 @@ def hooked(name: str, family: str, steps: int, apply: Callable[[Net], None]) -> 
 
         return Requests(compiled(net, backend), steps, reset)
 
-    return Method(f"{family}: {name}", family, start, backends=BACKENDS, note=HOOKS_NOTE)
+    return Method(f"{family}: {name}", family, start, backends=BACKENDS, note="" if listed else HOOKS_NOTE)
 
 
-def taylorseer(steps: int, every: int, order: int) -> Method:
+def taylorseer(subject: Subject, every: int, order: int) -> Method:
     """diffusers' TaylorSeer on attention and MLP."""
     config = TaylorSeerCacheConfig(
         cache_interval=every, disable_cache_before_step=1, max_order=order, taylor_factors_dtype=torch.float32,
-        cache_identifiers=[r"transformer_blocks\.\d+\.(attn1|attn2|ff)"],
+        cache_identifiers=[r"(transformer_)?blocks\.\d+\.(attn1|attn2|ffn?)"],
     )  # fmt: skip
-    return hooked(f"order {order}, every {every}", "diffusers TaylorSeer", steps, lambda net: apply_taylorseer_cache(net, config))
+    return hooked(f"order {order}, every {every}", "diffusers TaylorSeer", subject, lambda net: apply_taylorseer_cache(net, config))
 
 
 def mag_cache(subject: Subject, threshold: float) -> Method:
@@ -109,7 +117,7 @@ def mag_cache(subject: Subject, threshold: float) -> Method:
         ratios = residual_ratios(subject)
         apply_mag_cache(net, MagCacheConfig(threshold=threshold, num_inference_steps=subject.steps, mag_ratios=ratios))
 
-    return hooked(f"threshold {threshold:g}", "diffusers MagCache", subject.steps, apply)
+    return hooked(f"threshold {threshold:g}", "diffusers MagCache", subject, apply)
 
 
 def residual_ratios(subject: Subject) -> list[float]:
@@ -117,8 +125,9 @@ def residual_ratios(subject: Subject) -> list[float]:
     net: Net = subject.load()
     entered: list[Tensor] = []
     residuals: list[Tensor] = []
-    net.transformer_blocks[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))  # both models pass the tokens first
-    net.transformer_blocks[-1].register_forward_hook(lambda _, args, output: residuals.append(output - entered[-1]))
+    blocks = blocks_of(net)
+    blocks[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))  # all models pass the tokens first
+    blocks[-1].register_forward_hook(lambda _, args, output: residuals.append(output - entered[-1]))
     noise, conditions = subject.draw(0, 1)
     sample(net, subject.scheduler(), noise, subject.steps, conditions)
     lengths = [residual.float().norm(dim=-1) for residual in residuals]
@@ -127,17 +136,16 @@ def residual_ratios(subject: Subject) -> list[float]:
 
 def peer_methods(subject: Subject) -> list[Method]:
     """All peers' rows."""
-    steps = subject.steps
     found = [uncached_by_torch()]
     for every in (2, 3, 4, 5):
-        found += [taylorseer(steps, every, order) for order in (1, 2)]
+        found += [taylorseer(subject, every, order) for order in (1, 2)]
         for order in (1, 2):
-            found.append(cache_dit(f"order {order}, every {every}", "cache-dit TaylorSeer", steps, every, order))
+            found.append(cache_dit(f"order {order}, every {every}", "cache-dit TaylorSeer", subject, every, order))
     for value in (0.05, 0.1, 0.2):
-        found.append(cache_dit(f"held, threshold {value:g}", "cache-dit DBCache", steps, None, 0, value))
+        found.append(cache_dit(f"held, threshold {value:g}", "cache-dit DBCache", subject, None, 0, value))
     for value in (0.05, 0.1, 0.2):
         config = FirstBlockCacheConfig(threshold=value)
         put_on = lambda net, config=config: apply_first_block_cache(net, config)  # noqa: E731
-        found.append(hooked(f"threshold {value:g}", "diffusers FirstBlockCache", steps, put_on))
+        found.append(hooked(f"threshold {value:g}", "diffusers FirstBlockCache", subject, put_on))
     found += [mag_cache(subject, value) for value in (0.06, 0.24)]
     return found

@@ -16,9 +16,8 @@ from typing import Annotated, Any
 import typer
 from choose_defaults import BASE
 
-from tokencache_compile.evidence.compare import METRICS, best_at, failures, points
+from tokencache_compile.evidence.compare import METRICS, at_speed_ups, best_at, failures, points
 from tokencache_compile.evidence.methods import OURS, RANDOM, SPEED_UPS
-from tokencache_compile.evidence.report import at_speed_ups
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES, FRECHET = "benchmarks/results/learned_tables.json", "benchmarks/results/frechet.json"
@@ -212,12 +211,14 @@ def pareto(model: str) -> str:
     found, measured = points(result), result["settings"]
     if "latency" not in measured:
         return ""
+    threads = result["environment"]["latency"]["threads"]
     metrics = [metric for metric in METRICS if metric.key != "ssim" and any(p.value(metric) is not None for p in found)]
     parts = [
-        f"**Beside peers on the {measured['subject']['model']}**: {measured['subject']['steps']} guided DDIM steps, {measured['quality']['samples']} samples, "
+        f"**Beside peers on the {measured['subject']['model']}**: {measured['subject']['steps']} guided {measured['subject']['sampler']} steps, {measured['quality']['samples']} samples, "
         f"whole runs of {measured['latency']['batch']} samples in turn with the compiled uncached model, medians of {measured['latency']['rounds']} "
         f"(cache-dit {measured['subject']['cache-dit']}, diffusers {result['environment']['quality']['diffusers']}; each peer in torch.compile or eager, "
-        "whichever is faster). Each method's best setting that is at least about so fast; the best of all in bold."
+        f"whichever is faster; {threads} thread{'s' * (threads != 1)}). Each method's best setting that is at least about so fast; the best of all in bold."
+        + (f" The Fréchet distance is that of `benchmarks/frechet.py` at {measured['judges']['samples']:,} samples of the settings that the other tables show." if "judges" in measured else "")
     ]
     for metric in metrics:
         best = {speed: best_at(found, metric, speed) for speed in SPEED_UPS}

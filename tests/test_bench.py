@@ -220,6 +220,55 @@ def test_a_stopped_bench_goes_on(tmp_path: Path) -> None:
         run_bench(replace(subject(), settings={"seed": 6}), methods(), tmp_path, ("quality",), SETTINGS, console)
 
 
+def test_judges_see_what_is_best_at_some_speed(tmp_path: Path) -> None:
+    """Their figure is that of the samples in 8 bits; who fails then is a row too; a stopped run goes on with the samples in files."""
+    begun: list[str] = []
+
+    def begin(net: nn.Module, *_: Any) -> nn.Module:
+        begun.append("fickle")
+        if len(begun) == 2:
+            raise RuntimeError("only once")
+        return Louder(net, 1.2)
+
+    def spread(images: Tensor) -> float:
+        assert images.shape == (SAMPLES, 1, 8, 8)
+        return float(images.std())
+
+    def interrupted(images: Tensor) -> float:
+        raise KeyboardInterrupt
+
+    every = [*methods()[:-1], Method("fickle", "fickle", begin, backends=("eager",))]
+    console, settings = Console(file=io.StringIO()), replace(SETTINGS, judged=SAMPLES)
+    run_bench(subject(), every, tmp_path, ("quality",), settings, console)
+    content = json.loads((tmp_path / "bench.json").read_text())
+    for name, speed in (("fewer steps: 3", 2.0), ("random tokens", 1.0), ("the model itself", 1.0), ("louder", 3.0), ("fickle", 1.6)):
+        content["rows"][name]["latency"]["eager"] = {"speed_up": speed}
+    (tmp_path / "bench.json").write_text(json.dumps(content))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(replace(subject(), judges={"frechet": interrupted}), every, tmp_path, ("judges",), settings, console)
+    drawn = sorted((tmp_path / "drawn" / "uncached").glob("*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in drawn]
+    result = run_bench(
+        replace(subject(), judges={"frechet": spread}, floors={"frechet": 0.25}), every, tmp_path, ("judges",), settings, console
+    )
+    assert [path.stat().st_mtime_ns for path in drawn] == times and len(drawn) == math.ceil(SAMPLES / CHUNK)
+
+    expected = {
+        "uncached": plain_run(load(), STEPS)[0],
+        "fewer steps: 3": plain_run(load(), 3)[0],
+        "louder": plain_run(load(), STEPS, 1.05)[0],
+    }
+    found = {name: row["judges"]["frechet"] for name, row in result["rows"].items() if row["judges"].keys() == {"frechet"}}
+    found["uncached"] = result["uncached"]["frechet"]
+    assert found == {name: pytest.approx(float(images.std()), abs=2e-3) for name, images in expected.items()}
+    assert result["floors"] == {"frechet": 0.25} and failures(result) == {"fickle (judges)": "RuntimeError: only once"}
+    judged = {point.name: point.value(METRICS[3]) for point in points(result)}
+    assert judged == {name: found.get(name) for name in judged} and "fickle" in judged
+    again = run_bench(replace(subject(), judges={"frechet": interrupted}), every, tmp_path, ("judges",), settings, console)
+    assert again["rows"] == result["rows"] and len(begun) == 2
+
+
 def test_fewer_steps_and_random_tokens_cannot_be_left_out(tmp_path: Path) -> None:
     for missing in (FEWER, RANDOM):
         some = [method for method in methods() if method.family != missing]
@@ -227,7 +276,7 @@ def test_fewer_steps_and_random_tokens_cannot_be_left_out(tmp_path: Path) -> Non
             run_bench(subject(), some, tmp_path, ("quality",), SETTINGS, Console(file=io.StringIO()))
     with pytest.raises(ConfigError, match="a name of its own"):
         run_bench(subject(), [*methods(), methods()[0]], tmp_path, ("quality",), SETTINGS, Console(file=io.StringIO()))
-    assert {FEWER, RANDOM, OURS} <= {method.family for method in standard_methods(50, guided=True)}
+    assert {FEWER, RANDOM, OURS} <= {method.family for method in standard_methods(subject(), guided=True)}
     assert all(method.steps is not None and method.steps < 50 for method in fewer_steps(50))
 
 

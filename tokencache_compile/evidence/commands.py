@@ -52,7 +52,7 @@ def bench(
             subject = saved_subject(model, data, scheduler, samples, steps, guidance, seed, device)
         artefact = CacheArtefact.from_pretrained(plan, subject.load()) if plan is not None else None
         chosen = [
-            m for m in standard_methods(steps, guidance != 1.0, artefact) if m.family in (FEWER, RANDOM) or re.search(methods, m.name)
+            m for m in standard_methods(subject, guidance != 1.0, artefact) if m.family in (FEWER, RANDOM) or re.search(methods, m.name)
         ]
         result = run_bench(subject, chosen, out, PHASES if phase == "both" else (phase,), settings, console)
         console.print(_summary(result))

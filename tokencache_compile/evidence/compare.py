@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokencache_compile.evidence.methods import FEWER
+from tokencache_compile.evidence.methods import FEWER, OURS, SPEED_UPS
 
 NEAR = 0.97  # a speed-up that counts as the one asked for: latencies of equal runs differ by as much
 
@@ -42,7 +42,7 @@ class Point:
     Attributes:
         speed_up: over the compiled uncached run on the clock, in the backend that is fastest; that of MACs where no clock was read.
         backend: which backend that is; None for MACs.
-        quality: the row's figures.
+        quality: the row's figures, those of judges among them.
     """
 
     name: str
@@ -63,9 +63,11 @@ def points(result: Mapping[str, Any]) -> list[Point]:
     timed = any(_speed_ups(row) for row in rows.values())
     found = []
     for name, row in rows.items():
-        quality, speeds = row["quality"], _speed_ups(row)
+        quality, speeds, judged = row["quality"], _speed_ups(row), row.get("judges", {})
         if quality is None or "failed" in quality or (timed and not speeds):
             continue
+        if "failed" not in judged:
+            quality = {**quality, **judged}
         backend = max(speeds, key=speeds.__getitem__) if speeds else None
         speed = speeds[backend] if backend is not None else 1.0 / quality["macs_share"]
         found.append(Point(name, row["family"], row["steps"], speed, backend, quality))
@@ -81,6 +83,7 @@ def failures(result: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, row in result["rows"].items():
         parts = {"quality": row["quality"] or {}} | {f"latency, {backend}": figures for backend, figures in row["latency"].items()}
+        parts["judges"] = row.get("judges", {})
         found |= {f"{name} ({part})": figures["failed"] for part, figures in parts.items() if "failed" in figures}
     return found
 
@@ -135,6 +138,25 @@ def best_at(of: Iterable[Point], metric: Metric, speed_up: float) -> Point | Non
     if not fast:
         return None
     return (max if metric.higher else min)(fast, key=lambda p: _known(p, metric))
+
+
+def families(found: Iterable[Point]) -> dict[str, int]:
+    """Each family with its number, which says its colour and shape: this package's first, the others in the order of the methods."""
+    names = sorted(dict.fromkeys(p.family for p in found), key=lambda name: name != OURS)
+    return {name: index for index, name in enumerate(names)}
+
+
+def at_speed_ups(found: Sequence[Point], metric: Metric) -> list[tuple[str, list[Point | None]]]:
+    """For each family its best setting at each speed-up that methods are compared at."""
+    return [
+        (family, [best_at([p for p in found if p.family == family], metric, speed) for speed in SPEED_UPS]) for family in families(found)
+    ]
+
+
+def compared_at_speed_ups(found: Sequence[Point]) -> set[str]:
+    """The names of the settings that are some family's closest to the uncached run at one of the speed-ups, by any metric."""
+    chosen = (best for metric in METRICS for _, row in at_speed_ups(found, metric) for best in row)
+    return {point.name for point in chosen if point is not None}
 
 
 def _known(point: Point, metric: Metric) -> float:

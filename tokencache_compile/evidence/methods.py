@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,9 @@ from torch import nn
 from tokencache_compile.api import transform
 from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.baselines import deepcache, delta_dit, fora, toca, tome
-from tokencache_compile.plan import CacheConfig, Selection
+from tokencache_compile.evidence.subject import Subject
+from tokencache_compile.plan import CacheConfig
+from tokencache_compile.samplers import default_config
 from tokencache_compile.schedule import Schedule
 
 # (fresh model, its scheduler, backend) -> what stands in for the model in the sampling loop
@@ -67,30 +69,35 @@ def spacings(steps: int) -> dict[str, Schedule]:
     }
 
 
-def of_blocks(steps: int, blocks: int, tokens: int) -> list[Method]:
-    """Published methods that depend on how many blocks and tokens a model has, and on tokens that lie on a grid."""
+def of_blocks(steps: int, blocks: int, tokens: int, image: bool = True) -> list[Method]:
+    """Published methods that depend on how many blocks and tokens a model has; ToCa and ToMe only where tokens are those of an image."""
     found = [cached(f"DeepCache, every {every}", deepcache(blocks, tokens, every), family="DeepCache") for every in (2, 3, 4)]
     half = delta_dit(blocks, tokens, blocks // 2, steps // 2)
     found.append(cached("Δ-DiT, half of the blocks", half, family="Δ-DiT"))
-    found.append(cached("ToCa", toca(steps, blocks, tokens), family="ToCa"))
-    return [*found, cached("ToMe's tokens, ratio 0.9, every 4", tome(), family="ToMe")]
+    if image:
+        found.append(cached("ToCa", toca(steps, blocks, tokens), family="ToCa"))
+        found.append(cached("ToMe's tokens, ratio 0.9, every 4", tome(), family="ToMe"))
+    return found
 
 
-def standard_methods(steps: int, guided: bool, artefact: CacheArtefact | None = None) -> list[Method]:
-    """Fewer steps, random tokens, nothing recomputed, FORA, and with a predictor its tokens and the paper's settings."""
-    selection: Selection = "pair" if guided else "sample"
+def standard_methods(subject: Subject, guided: bool, artefact: CacheArtefact | None = None) -> list[Method]:
+    """Fewer steps, random tokens, nothing recomputed, FORA, and with a predictor its tokens and the paper's settings.
+
+    This package's rows start from what ``transform`` takes with the subject's sampler.
+    """
+    base = replace(default_config(subject.scheduler()), selection="pair" if guided else "sample")
+    steps, whole = subject.steps, replace(base, ratio=1.0)
     found = fewer_steps(steps)
     for name, schedule in spacings(steps).items():
-        found.append(cached(f"random tokens, ratio 0.9, {name}", CacheConfig(selection=selection, schedule=schedule), family=RANDOM))
-        found.append(cached(f"ours: nothing recomputed, {name}", CacheConfig(ratio=1.0, schedule=schedule)))
+        found.append(cached(f"random tokens, ratio 0.9, {name}", replace(base, schedule=schedule), family=RANDOM))
+        found.append(cached(f"ours: nothing recomputed, {name}", replace(whole, schedule=schedule)))
         for order, title in ((1, "modules apart"), (2, "modules apart, order 2")):
-            modules = CacheConfig(ratio=1.0, forecast=order, granularity="module", schedule=schedule)
+            modules = replace(whole, forecast=order, granularity="module", schedule=schedule)
             found.append(cached(f"ours: {title}, nothing recomputed, {name}", modules))
         if artefact is not None and artefact.predictor is not None:
-            config = CacheConfig(scorer="predictor", selection=selection, schedule=schedule)
-            found.append(cached(f"ours: predictor, ratio 0.9, {name}", config, artefact))
+            found.append(cached(f"ours: predictor, ratio 0.9, {name}", replace(base, scorer="predictor", schedule=schedule), artefact))
     for every in (2, 3, 4, 5):
-        config = CacheConfig(ratio=1.0, schedule=Schedule.with_last(steps, every))
+        config = replace(whole, schedule=Schedule.with_last(steps, every))
         found.append(cached(f"ours: nothing recomputed, every {every} and the last", config))
     found += [cached(f"FORA, every {interval}", fora(steps, interval), family="FORA") for interval in (2, 3, 4)]
     if artefact is not None and artefact.predictor is not None:

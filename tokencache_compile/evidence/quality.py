@@ -89,7 +89,6 @@ def compared(subject: Subject, got: Samples, reference: Samples) -> dict[str, An
     }
     if got.images.ndim == 4:
         row["ssim"] = ssim(got.images, reference.images, data_range)
-    row |= {name: judge(got.images) for name, judge in subject.judges.items()}
     if got.predictions is not None and reference.predictions is not None and got.predictions.shape == reference.predictions.shape:
         deviation = (got.predictions - reference.predictions).abs().flatten(2).double().mean(2)  # [steps, n]
         means: list[float] = deviation.mean(1).tolist()

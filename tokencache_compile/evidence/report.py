@@ -11,7 +11,19 @@ from typing import Any
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.evidence.chart import Chart, Series, figure, legend, svg
-from tokencache_compile.evidence.compare import METRICS, Metric, Point, best_at, failures, front, margin, points, warnings
+from tokencache_compile.evidence.compare import (
+    METRICS,
+    Metric,
+    Point,
+    at_speed_ups,
+    best_at,
+    failures,
+    families,
+    front,
+    margin,
+    points,
+    warnings,
+)  # fmt: skip
 from tokencache_compile.evidence.methods import OURS, SPEED_UPS
 from tokencache_compile.evidence.runs import FILE
 
@@ -41,12 +53,6 @@ def write_report(folder: Path) -> list[Path]:
         written.append(folder / f"{chart.name}.png")
         figure(chart).savefig(written[-1], dpi=_DPI, metadata={"Software": None})
     return written
-
-
-def families(found: Iterable[Point]) -> dict[str, int]:
-    """Each family with its number, which says its colour and shape: this package's first, the others in the order of the methods."""
-    names = sorted(dict.fromkeys(p.family for p in found), key=lambda name: name != OURS)
-    return {name: index for index, name in enumerate(names)}
 
 
 def charts(result: dict[str, Any], found: Sequence[Point]) -> list[Chart]:
@@ -105,13 +111,6 @@ def shown(found: Sequence[Point]) -> list[Point]:
     return [point for point in best if point is not None]
 
 
-def at_speed_ups(found: Sequence[Point], metric: Metric) -> list[tuple[str, list[Point | None]]]:
-    """For each family its best setting at each speed-up that methods are compared at."""
-    return [
-        (family, [best_at([p for p in found if p.family == family], metric, speed) for speed in SPEED_UPS]) for family in families(found)
-    ]
-
-
 # -- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -144,6 +143,8 @@ def _described(result: dict[str, Any]) -> str:
     if "latency" in settings:
         timed = settings["latency"]
         words.append(f"latency of whole runs of {timed['batch']} samples, median of {timed['rounds']} in turn with the uncached run")
+    if "judges" in settings:
+        words.append(f"{', '.join(settings['judges']['of'])} of {settings['judges']['samples']} samples, for the settings at equal speed")
     return "; ".join(words) + "."
 
 

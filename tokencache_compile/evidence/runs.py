@@ -1,4 +1,5 @@
-"""Measures methods on a subject, in two phases that may run apart: ``quality`` on a busy machine, ``latency`` on a quiet one.
+"""Measures methods on a subject, in phases that may run apart: ``quality`` on a busy machine, ``latency`` on a quiet one, and then what the
+subject's ``judges`` say of the settings that are compared at equal speed.
 
 Every figure is kept in ``bench.json`` as soon as it is there, so a run that was stopped goes on. A method that fails is a row that says so.
 """
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,16 +23,19 @@ from torch import Tensor
 
 from tokencache_compile.demo import machine
 from tokencache_compile.errors import ConfigError
+from tokencache_compile.evidence.compare import compared_at_speed_ups, points
 from tokencache_compile.evidence.latency import Clock
 from tokencache_compile.evidence.methods import FEWER, RANDOM, Method
 from tokencache_compile.evidence.quality import BACKEND, Samples, compared, draw_samples
+from tokencache_compile.evidence.shards import Shards, draw_shards
 from tokencache_compile.evidence.subject import Subject
 from tokencache_compile.pixels import to_bytes
 
-Phase = Literal["quality", "latency"]
-PHASES: tuple[Phase, ...] = ("quality", "latency")
+Phase = Literal["quality", "latency", "judges"]
+PHASES: tuple[Phase, ...] = ("quality", "latency", "judges")
 UNCACHED = Method("uncached", "uncached", None)
 FILE, PICTURED = "bench.json", 10
+DRAWN = "drawn"  # folder of the samples that judges see
 _FORMAT = 1
 
 
@@ -41,7 +46,8 @@ class BenchSettings:
     Attributes:
         samples: noises of the quality phase, drawn ``chunk`` at a time.
         batch: samples of a timed run, and ``rounds`` of them for each figure.
-        backend: of the uncached model that speed-ups are over.
+        backend: of the uncached model that speed-ups are over, and of what is drawn for the judges.
+        judged: samples that the judges see.
     """
 
     samples: int = 64
@@ -49,9 +55,10 @@ class BenchSettings:
     batch: int = 4
     rounds: int = 5
     backend: str = "inductor"
+    judged: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("samples", "chunk", "batch", "rounds"):
+        for name in ("samples", "chunk", "batch", "rounds", "judged"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} was asked for; at least 1 is needed.")
 
@@ -83,7 +90,7 @@ class Results:
 
     def row(self, method: Method, steps: int) -> dict[str, Any]:
         """The row of ``method``, made if there is none."""
-        new = {"family": method.family, "steps": method.steps or steps, "note": method.note, "quality": None, "latency": {}}
+        new = {"family": method.family, "steps": method.steps or steps, "note": method.note, "quality": None, "latency": {}, "judges": {}}
         row: dict[str, Any] = self.rows.setdefault(method.name, new)
         return row
 
@@ -113,12 +120,13 @@ def run_bench(
         parts["quality"] = {"samples": settings.samples, "chunk": settings.chunk, "backend": BACKEND}
     if "latency" in phases:
         parts["latency"] = {"batch": settings.batch, "rounds": settings.rounds, "uncached": settings.backend}
+    if "judges" in phases and subject.judges:
+        parts["judges"] = {"of": list(subject.judges), "samples": settings.judged, "chunk": settings.chunk, "backend": settings.backend}
     results = Results(out, parts)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         for phase in phases:
-            measure = _quality_phase if phase == "quality" else latency_phase
-            measure(subject, methods, results, settings, progress)
+            _MEASURES[phase](subject, methods, results, settings, progress)
     return results.content
 
 
@@ -142,7 +150,6 @@ def _quality_phase(subject: Subject, methods: Sequence[Method], results: Results
     reference = draw(UNCACHED)
     results.content["environment"]["quality"] = machine()
     results.content["uncached"] = figures(UNCACHED.name, reference)
-    results.content["floors"] = dict(subject.floors)
     for method in missing:
         measured = _or_failed(lambda method: figures(method.name, draw(method)), method, progress)
         results.row(method, subject.steps)["quality"] = measured
@@ -164,6 +171,41 @@ def latency_phase(subject: Subject, methods: Sequence[Method], results: Results,
         results.row(method, subject.steps)["latency"][backend] = figures
         results.save()
         progress.advance(bar)
+
+
+def _judges_phase(subject: Subject, methods: Sequence[Method], results: Results, settings: BenchSettings, progress: Progress) -> None:
+    """Have the judges see the uncached model and what is best at some speed. The samples stay in files, so a stopped method goes on."""
+    if not subject.judges:
+        return
+    results.content["floors"] = dict(subject.floors)
+    compared_now = compared_at_speed_ups(points(results.content))
+    chosen = [method for method in methods if method.name in compared_now]
+    missing = [method for method in chosen if not results.row(method, subject.steps).get("judges")]
+    bar = progress.add_task("judges: methods", total=1 + len(chosen), completed=len(chosen) - len(missing))
+
+    def judged(method: Method) -> dict[str, Any]:
+        shards = Shards(results.path.parent / DRAWN / file_name(method.name), settings.judged, settings.chunk)
+        each = progress.add_task(f"  {method.name}: chunks", total=len(shards), completed=len(shards) - len(shards.missing()))
+        try:
+            torch.compiler.reset()  # as in Clock.measure
+            draw_shards(subject, method, shards, settings.backend, advance=lambda: progress.advance(each))
+            images = torch.cat(list(shards))
+        finally:
+            progress.remove_task(each)
+        return {name: judge(images) for name, judge in subject.judges.items()}
+
+    if not subject.judges.keys() <= results.content.get("uncached", {}).keys():
+        results.content.setdefault("uncached", {}).update(judged(UNCACHED))
+        results.content["environment"]["judges"] = machine()
+        results.save()
+    progress.advance(bar)
+    for method in missing:
+        results.row(method, subject.steps)["judges"] = _or_failed(judged, method, progress)
+        results.save()
+        progress.advance(bar)
+
+
+_MEASURES = {"quality": _quality_phase, "latency": latency_phase, "judges": _judges_phase}
 
 
 def _or_failed(measure: Callable[[Method], dict[str, Any]], method: Method, progress: Progress) -> dict[str, Any]:

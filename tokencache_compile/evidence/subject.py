@@ -27,7 +27,8 @@ class Subject:
         pixels: the samples are images of 1 or 3 channels in [-1, 1], and are clamped to that; latents have no fixed range.
         predicts_x0: the scheduler tells its prediction of the final image at every step.
         decode: what is seen of samples that are latents: images or videos of 1 or 3 channels in [-1, 1].
-        judges: figures of a whole set of images, by name; ``floors`` are those of as many real ones.
+        judges: figures of a whole set of images, by name, which take more samples than a comparison with the uncached run does;
+            ``floors`` are those of as many real ones.
         settings: JSON values that a result holds for: sampler, guidance, seed, weights.
     """
 

@@ -12,11 +12,12 @@ Every figure is on disk as soon as it is there: a run that was stopped goes on.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -31,14 +32,16 @@ from reference_video import video_subject
 from rich.console import Console
 from torch import Tensor
 
+from tokencache_compile import CacheConfig
 from tokencache_compile.artefact import CacheArtefact
 from tokencache_compile.demo import DEFAULT_PLAN
 from tokencache_compile.evidence.compare import failures, points, warnings
-from tokencache_compile.evidence.methods import FEWER, RANDOM, of_blocks, standard_methods
+from tokencache_compile.evidence.methods import FEWER, RANDOM, Method, cached, of_blocks, standard_methods
 from tokencache_compile.evidence.report import write_report
 from tokencache_compile.evidence.runs import PHASES, BenchSettings, run_bench
 from tokencache_compile.evidence.subject import Judge, Subject
 from tokencache_compile.evidence.subjects import reference_subject
+from tokencache_compile.json_data import from_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 REAL = 10_000  # images that the Fréchet distance is to
@@ -68,9 +71,9 @@ class Reference:
     batch: int
 
 
-def shuffled(count: int) -> Tensor:
-    """The numbers below ``count`` in an order that is always the same."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+def shuffled(count: int, noises: int) -> Tensor:
+    """A number below ``count`` for each noise: all of them in an order that is always the same, and again."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0)).repeat(-(-noises // count))[:noises]
 
 
 def dit(noises: int) -> Subject:
@@ -87,24 +90,30 @@ def fashion(noises: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
 def pixart(noises: int) -> Subject:
     """The reference PixArt: 20 guided DDIM steps."""
     emoji = load_emoji()
-    return pixart_subject(shuffled(len(emoji.captions))[:noises], emoji, {}, {})
+    return pixart_subject(shuffled(len(emoji.captions), noises), emoji, {}, {})
 
 
 def emoji_set(noises: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
     """The distance to the emoji that PixArt was trained on; those that were asked for, mirrored, stand beside."""
     images = load_emoji().images
     distance = FrechetDistance.to(images)
-    return {"frechet": distance}, {"frechet": distance(images[shuffled(len(images))[:noises]].flip(-1))}
+    return {"frechet": distance}, {"frechet": distance(images[shuffled(len(images), noises)].flip(-1))}
 
 
 def video(noises: int) -> Subject:
     """The reference video model: 50 guided ancestral Euler steps."""
-    return video_subject(shuffled(len(CAPTIONS))[:noises])
+    return video_subject(shuffled(len(CAPTIONS), noises))
 
 
 def nobody(_: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
     """No network is at hand that judges clips."""
     return {}, {}
+
+
+def fitted(file: Path) -> list[Method]:
+    """Nothing recomputed, and the forecast of every step fitted by fit_step_weights.py; none where that was not run."""
+    rows: dict[str, Any] = json.loads(file.read_text())["rows"] if file.exists() else {}
+    return [cached(f"ours: fitted forecast, {name}", from_json(CacheConfig, row["config"], str(file))) for name, row in rows.items()]
 
 
 REFERENCES = {
@@ -133,7 +142,8 @@ def main(
     of_run = {**subject.settings, "cache-dit": importlib.metadata.version("cache-dit")}
     subject = replace(subject, judges=judges, floors=floors, settings=of_run)
     artefact = None if of.plan is None else CacheArtefact.from_pretrained(of.plan, subject.load())
-    every = standard_methods(subject, True, artefact) + of_blocks(subject.steps, of.blocks, of.tokens, of.image) + peer_methods(subject)
+    every = standard_methods(subject, True, artefact) + fitted(RESULTS / f"step_weights_{model}.json")
+    every += of_blocks(subject.steps, of.blocks, of.tokens, of.image) + peer_methods(subject)
     chosen = [method for method in every if method.family in (FEWER, RANDOM) or re.search(methods, method.name)]
     settings = BenchSettings(of.samples, of.chunk, of.batch, rounds, judged=judged)
     result = run_bench(subject, chosen, folder, PHASES if phase == "all" else (phase,), settings, console)

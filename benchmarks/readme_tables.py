@@ -242,6 +242,20 @@ def pareto(model: str) -> str:
     return "\n\n".join(parts)
 
 
+def step_weights() -> str:
+    """What forecasts fitted to whole runs gain, on the models where benchmarks/fit_step_weights.py was run."""
+    rows = []
+    for model in ("pixart", "dit"):
+        file = f"benchmarks/results/step_weights_{model}.json"
+        result = read(file) if (ROOT / file).exists() else {"rows": {}}
+        for name, row in result["rows"].items():
+            full = len(row["config"]["schedule"]["full"])
+            steps = result["settings"]["steps"]
+            by, fitted = row["polynomial_db"], row["fitted_db"]
+            rows.append([result["settings"]["model"], name, f"{full} of {steps}", f"{by:.1f}", f"{fitted:.1f}", f"{fitted - by:+.1f}"])
+    return table(["model", "I-steps", "how many", "by step numbers, best order (dB)", "fitted (dB)", "gain"], rows)
+
+
 def section() -> str:
     """The README's results."""
     judged, grid, steps = (read(f"benchmarks/results/{n}.json") for n in ("judge_reference", "choose_defaults", "step_latency_cpu"))
@@ -295,6 +309,11 @@ Nothing recomputed (ratio 1) and denser I-steps buy more nearly everywhere, see 
 
 **A plan by `tune`**: asked for the fastest plan at least as close as half the steps ({tuned["half_the_steps_psnr_db"]:.1f} dB), guided, it found {tuned["best"]["macs_speedup"]:.2f}× fewer MACs at \
 {tuned["best"]["psnr_db"]:.1f} dB (ratio {tuned["best"]["ratio"]:g}, K = {tuned["best"]["last_k"]}, an I-step {tuned["best"]["schedule"]}, forecast {tuned["best"]["forecast"]}), and **{clock["best"]["latency_speedup"]:.2f}× on the clock**, both compiled.
+
+**A forecast fitted to the run.** An extrapolation by step numbers knows nothing of the sampler's times. `tokencache tune --fit` (`learn/step_weights.py`) fits the weights of every P-step, three each, to \
+the images at the end of the run, by Gauss-Newton on a dozen noises; the P-step costs what it did. Nothing recomputed, PSNR of noises that the fit did not see:
+
+{step_weights()}
 
 **Does the clock follow the MACs?** DiT-XL/2 at 256², batch {steps["batch"]}, {steps["dtype"].removeprefix("torch.")}, random weights, ratio 0.9, K = 4, {steps["threads"]} CPU threads, medians of \
 {steps["rounds"]} rounds in turn. Transforming took {transform["seconds"]:.0f} s and {max(transform["rss_growth_bytes"], 0) / 2**20:.0f} MiB beside weights of \

@@ -75,6 +75,18 @@ def forecast_weights(stamps: Tensor, step: Tensor, order: int) -> list[Tensor]:
     return [torch.where(steady, first, 1.0 + line), torch.where(steady, second, -line), torch.where(steady, older, 0.0)]
 
 
+def fitted_weights(stamps: Tensor, step: Tensor, order: int, weights: Tensor, nodes: Tensor) -> list[Tensor]:
+    """The row of ``weights`` [T, m+1] for ``step``, as weights [1, 1, 1] of the last m+1 updates.
+
+    They are for updates of the I-steps in that row of ``nodes`` [T, m+1]. Where ``stamps`` [1, 1, m+1] say others, as they do for a
+    guidance branch that began in the middle of the run, the forecast is that of :func:`forecast_weights`.
+    """
+    row = step.clamp(0, weights.shape[0] - 1).to(torch.int64).reshape(1)
+    own, expected = (table.index_select(0, row).unsqueeze(0) for table in (weights, nodes))
+    known = (stamps - expected).abs().sum(-1, keepdim=True) == 0
+    return [torch.where(known, own[..., i : i + 1], value) for i, value in enumerate(forecast_weights(stamps, step, order))]
+
+
 def extrapolate(values: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The weighted sum of ``values``, newest first, in their own dtype; without ``weights`` the newest as it is."""
     if not weights:

@@ -13,18 +13,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from tokencache_compile.ir import Block, BlockProgram, CacheSpec, CacheUnit, Layout, StepProgram
-from tokencache_compile.passes.cache_ops import add_forecast, forecast_weights, load
+from tokencache_compile.passes.cache_ops import add_forecast, fitted_weights, forecast_weights, load
 from tokencache_compile.passes.caches import SHARED_STAMPS, UnitCaches, cache_specs, unit_caches, written_in_p_steps
 from tokencache_compile.passes.kept_rows import KeptRows
 from tokencache_compile.passes.modules import refreshed_modules
 from tokencache_compile.passes.regions import cached_region, module_region
 from tokencache_compile.passes.selection import predictor_scores, select
 from tokencache_compile.passes.step_graph import StepGraph
-from tokencache_compile.plan import CachePlan
+from tokencache_compile.plan import CacheConfig, CachePlan
 from tokencache_compile.predictor import CachePredictor
+
+# Constants of a P-step's graph; no model has parameters of such names.
+STEP_WEIGHTS, STEP_NODES = "fitted_step_weights", "fitted_step_nodes"
+
+
+def common_forecast(step: StepGraph, config: CacheConfig, device: torch.device) -> list[Any]:
+    """The weights [1, 1, 1] of the last I-steps' updates, the same for all tokens."""
+    stamps, number = step.cache_in[SHARED_STAMPS], step.extras["step"]
+    if not config.step_weights:
+        return forecast_weights(stamps, number, config.forecast)
+    rows = [config.nodes(k) for k in range(len(config.step_weights))]
+    weights, nodes = (torch.tensor(table, dtype=torch.float32, device=device) for table in (config.step_weights, rows))
+    tables = [step.proxy(step.weight(name, value)) for name, value in ((STEP_WEIGHTS, weights), (STEP_NODES, nodes))]
+    return fitted_weights(stamps, number, config.forecast, *tables)
 
 
 def make_cached(
@@ -44,7 +59,7 @@ def make_cached(
     scores: list[Any] = []
     common: list[Any] = []
     if config.forecast and config.history == "full_steps":
-        common = forecast_weights(step.cache_in[SHARED_STAMPS], step.extras["step"], config.forecast)
+        common = common_forecast(step, config, stream.device)
 
     def forecast_inputs(names: UnitCaches) -> list[Any]:
         """What a unit's forecast is made from: the weights that hold for all tokens, or its stamps and the step."""

@@ -109,6 +109,16 @@ def test_tuning_writes_the_plan_it_chose(folder: Path, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "tune.json").read_text())["rows"]) == 3
 
 
+def test_tuning_fits_the_plan_it_chose(folder: Path, tmp_path: Path) -> None:
+    options = ("--steps", STEPS, "--guidance", 2.0, "--samples", 4, "--budget", 2, "--speedup", 1.1, "--fit")
+    result = invoke("tune", folder, "--data", folder / "data.safetensors", "--out", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    assert "on held-out noises" in result.output
+    artefact = CacheArtefact.from_pretrained(tmp_path / "artefact", load_model(folder))
+    notes = artefact.provenance["tune"]
+    assert len(artefact.config.step_weights) == (STEPS if notes["fitted_db"] > notes["polynomial_db"] else 0)
+
+
 def test_batches_wrap_around_and_carry_their_conditions(folder: Path) -> None:
     data = TensorData(folder / "data.safetensors")
     noise, conditions = data.batch(ROWS - 1, 3, 2.0, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal, get_args
@@ -60,6 +61,8 @@ class CacheConfig:
         cache_dtype: what updates and what the context keeps are stored in; None keeps the model's own dtype. Values beyond a
             dtype's largest (448 for ``float8_e4m3fn``) are stored as that.
         max_cache_bytes: the most that the caches of one guidance branch may take, in bytes; the last blocks that do not fit run in full.
+        step_weights: the forecast of every step of a run of so many steps, instead of an extrapolation by step numbers: what the updates
+            of the last ``forecast`` + 1 I-steps are weighted with, newest first (``learn/step_weights.py`` fits them).
     """
 
     ratio: float = 0.9
@@ -76,6 +79,7 @@ class CacheConfig:
     fresh: tuple[tuple[tuple[bool, ...], ...], ...] = ()
     cache_dtype: CacheDtype | None = None
     max_cache_bytes: int | None = None
+    step_weights: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0.0 <= self.ratio <= 1.0:
@@ -99,7 +103,7 @@ class CacheConfig:
         if self.granularity == "module" and self.history == "computed" and (self.forecast or self.fresh):
             raise ConfigError(
                 f'granularity="module" with history="computed" was asked for with forecast={self.forecast!r} and {len(self.fresh)} '
-                'profiles in fresh; attention is computed at I-steps alone, so it needs forecast=0 and none.'
+                "profiles in fresh; attention is computed at I-steps alone, so it needs forecast=0 and none."
             )
         if self.granularity == "module" and self.scorer == "change":
             raise ConfigError('granularity="module" keeps no updates whose change scorer="change" could measure; use "norm" or another.')
@@ -121,8 +125,29 @@ class CacheConfig:
             _choice("cache_dtype", self.cache_dtype, get_args(CacheDtype))
         if self.max_cache_bytes is not None and (not is_ints((self.max_cache_bytes,)) or self.max_cache_bytes < 0):
             raise ConfigError(f"max_cache_bytes={self.max_cache_bytes!r} was asked for; it is a number of bytes, or None for no limit.")
+        if self.step_weights:
+            self._check_step_weights()
         if not is_ints(self.groups):
             raise ConfigError(f"groups={self.groups!r} was asked for; it is a tuple with the index of a keep profile for every step.")
+
+    def _check_step_weights(self) -> None:
+        if not self.forecast or self.history != "full_steps":
+            raise ConfigError(
+                f"step_weights were given with forecast={self.forecast} and history={self.history!r}; they weight the updates of I-steps, "
+                'so they need forecast=1 or 2 and history="full_steps".'
+            )
+        values = [value for row in self.step_weights for value in row]
+        if any(len(row) != self.forecast + 1 for row in self.step_weights) or not all(map(math.isfinite, values)):
+            raise ConfigError(
+                f"step_weights of {sorted({len(row) for row in self.step_weights})} values a step were given; forecast={self.forecast} "
+                f"needs {self.forecast + 1} finite numbers for each step of the run."
+            )
+
+    def nodes(self, step: int) -> tuple[int, ...]:
+        """The last ``forecast`` + 1 I-steps before ``step`` of the run that the step weights are for, newest first; -1 for none."""
+        schedule = self.schedule_of(len(self.step_weights))
+        before = [earlier for earlier in range(step - 1, -1, -1) if schedule.is_full(earlier)][: self.forecast + 1]
+        return (*before, *[-1] * (self.forecast + 1 - len(before)))
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -186,6 +211,8 @@ class CachePlan:
             lines += "\n  granularity           module: attention and feed-forward outputs, gated by the step itself"
         for number, fresh in enumerate(c.fresh):
             lines += f"\n  fresh, profile {number:<6} {sum(map(sum, fresh))} of {sum(map(len, fresh))} modules"
+        if c.step_weights:
+            lines += f"\n  step weights          fitted for {len(c.step_weights)} steps"
         if c.cache_dtype is not None:
             lines += f"\n  caches stored as      {c.cache_dtype}"
         if self.last_k > c.last_k:

@@ -23,6 +23,7 @@ from tokencache_compile.ahead import Ahead, HoistedEngine
 from tokencache_compile.calls import TIMESTEP_NAMES, bind_call
 from tokencache_compile.engine import Engine
 from tokencache_compile.errors import ConfigError, InputError
+from tokencache_compile.plan import CacheConfig
 from tokencache_compile.requests import BranchState, Request, RequestTracker, SchedulerWatch
 from tokencache_compile.step_table import StepTable
 
@@ -132,6 +133,17 @@ class _Counts:
     recomputed: tuple[int, ...] = ()
     compiled: Compiled | None = None
     cache_bytes: int = 0
+
+
+def _check_step_weights(config: CacheConfig, request: Request) -> None:
+    """Raise an InputError if the run has other steps than its step weights are for."""
+    fitted = len(config.step_weights)
+    if fitted and (request.step >= fitted or request.num_steps not in (None, fitted)):
+        found = f"step {request.step + 1}" if request.num_steps in (None, fitted) else f"a run of {request.num_steps} steps"
+        raise InputError(
+            f"{found} was asked for, and this plan's step_weights are fitted for runs of {fitted} steps. Sample with {fitted} steps, fit "
+            "them for the number that you need, or pass step_weights=() for a forecast that any run can have."
+        )
 
 
 class StepDispatcher(nn.Module, ABC):
@@ -280,6 +292,7 @@ class StepDispatcher(nn.Module, ABC):
     def _run(self, compiled: Compiled, request: Request, branch: str, timestep: float, tensors: list[Tensor]) -> list[Tensor]:
         steps, plan, device = compiled.steps, compiled.steps.plan, request.sample.device
         state = request.branches.get(branch)
+        _check_step_weights(plan.config, request)
         first = state is None or state.steps is not steps  # other steps where the model reads values that changed
         if state is None or first:
             state = request.branches[branch] = BranchState(steps, steps.initial_caches(device))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from tokencache_compile.clean_errors import clean_errors
@@ -179,6 +180,9 @@ def tune(
     samples: Annotated[int, typer.Option(help="Samples that every candidate is measured on.")] = 8,
     budget: Annotated[int, typer.Option(help="Candidates measured.")] = 60,
     latency: Annotated[bool, typer.Option(help="Measure speed-up on the clock, compiled; else it is that of MACs.")] = False,
+    fit: Annotated[
+        bool, typer.Option(help="Fit the forecast of the chosen plan, step by step, to the images of whole runs.")
+    ] = False,
     seed: _Seed = 0,
 ) -> None:
     """Search ratio, I-steps, K, context and forecast order on measured deviation; show the Pareto front, write the plan."""
@@ -206,9 +210,28 @@ def tune(
         best = result.best.config
         used = predictor if best.scorer == "predictor" else None
         notes = {"goal": asdict(goal), "psnr": result.best.psnr, "speedup": result.best.speed, "candidates": len(result.candidates)}
+        if fit:
+            best, gained = _fitted(net, solver, noise, conditions, steps, best, used)
+            notes |= gained
         found = CacheArtefact(config=best, base=fingerprint(net), predictor=used, steps=steps, provenance={"tune": notes, **_versions()})
         found.save_pretrained(out / "artefact")
         Console().print(f"Written: {out / 'artefact'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _fitted(
+    net: Any, solver: Any, noise: Any, conditions: Any, steps: int, best: CacheConfig, predictor: Any
+) -> tuple[CacheConfig, dict[str, float]]:
+    """``best`` with step weights, and their PSNR on held-out noises beside that of the best polynomial; as it is where these win."""
+    from tokencache_compile.learn.step_weights import fit_step_weights
+
+    with Progress(console=Console()) as progress:
+        task = progress.add_task("fit: runs", total=None)
+        config = replace(best, forecast=max(best.forecast, 2))
+        found = fit_step_weights(net, solver, noise, conditions, steps, config, predictor, on_run=lambda: progress.advance(task))
+    line = f"Forecast by step numbers {found.polynomial_db:.1f} dB, fitted {found.fitted_db:.1f} dB, on held-out noises."
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
+    better = found.fitted_db > found.polynomial_db
+    return found.config if better else best, {"polynomial_db": found.polynomial_db, "fitted_db": found.fitted_db}
 
 
 def plot(

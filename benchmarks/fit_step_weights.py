@@ -27,12 +27,18 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FIRST = 500  # number of the first noise that is fitted to
 
 
+def denser_late(steps: int, full_steps: int) -> Schedule:
+    """I-steps of which the first and the last step are two, and the intervals between them grow shorter towards the end."""
+    places = (1 - (1 - j / (full_steps - 1)) ** 1.5 for j in range(full_steps))
+    return Schedule(steps, tuple(sorted({round((steps - 1) * place) for place in places})))
+
+
 def schedules_of(steps: int) -> dict[str, Schedule]:
-    """Even spacings, with and without the last step, and between them I-steps of a third of the run and less."""
-    found = {f"every {every}": Schedule(every) for every in (2, 3, 4, 5)}
-    found |= {f"every {every} and the last": Schedule.with_last(steps, every) for every in (2, 3, 4)}
-    counts = (round(share * steps) for share in (0.4, 0.3))
-    return found | {f"{count} I-steps": Schedule.uniform(steps, count) for count in counts}
+    """Even spacings, with and without the last step, and uneven ones of 2.5 and 3 times fewer I-steps than steps and more."""
+    found = {f"every {every}": Schedule(every) for every in (2, 3, 4)}
+    counts = (round(share * steps) for share in (0.4, 0.3, 0.35))
+    found |= {f"{count} I-steps, denser late": denser_late(steps, count) for count in counts}
+    return found | {f"every {every} and the last": Schedule.with_last(steps, every) for every in (2, 3)}
 
 
 def main(

@@ -175,6 +175,25 @@ def test_a_fit_comes_closer_on_noises_that_it_did_not_see() -> None:
     assert closeness(found.config) > max(closeness(replace(PLAIN, forecast=order)) for order in range(3)) + 0.2
 
 
+@pytest.mark.parametrize("overflowing", [3, 6])
+def test_steps_that_end_in_nan_are_left_aside(overflowing: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of an iteration's six dampings overflow, or all of them do: the dispatcher refuses NaN, and the fit goes on without."""
+    before, count = 2 + 3 + 2, 0  # runs: uncached and the first, three orders, two weights
+
+    def overflows(*given: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        if before < count <= before + overflowing:
+            raise InputError("NaN was found")
+        return draw(*given)
+
+    monkeypatch.setattr("tokencache_compile.learn.step_weights.sample", overflows)
+    noise, given = pairs(4, 0)
+    found = fit_step_weights(build("dit", std=0.05), scheduler(), noise, given, 3, PLAIN, iterations=1)
+    assert count == before + 6 and found.fitted_db >= found.polynomial_db
+    assert overflowing == 3 or found.fitted_db == found.polynomial_db
+
+
 def test_what_cannot_be_fitted_is_refused() -> None:
     noise, given = pairs(3, 0)
     with pytest.raises(ConfigError, match="3 noises and 6 P-steps were given"):

@@ -10,6 +10,7 @@ weight is a difference of two runs: whatever model, engine or sampler makes them
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencache_compile.api import transform
-from tokencache_compile.errors import ConfigError
+from tokencache_compile.errors import ConfigError, InputError
 from tokencache_compile.metrics import psnr
 from tokencache_compile.passes.cache_ops import forecast_weights
 from tokencache_compile.passes.cached_step import STEP_WEIGHTS
@@ -30,6 +31,7 @@ HELD_OUT = 0.25  # share of the noises that the fit does not see, by which the b
 _STEP, _DAMPINGS = 1e-2, (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _LEAST = 0.01  # of the mean damping, for every weight: one that the images hardly show stays about where it is
 OnRun = Callable[[], None]
+_Given = tuple[Any, Tensor, int, Conditions]
 
 
 @dataclass(frozen=True)
@@ -89,15 +91,15 @@ def fit_step_weights(
         raise ConfigError(f"{len(noise)} noises and {steps - len(full)} P-steps were given; a fit takes 4 noises and a P-step at least.")
     config = replace(config, schedule=Schedule(config.schedule_of(steps).every, tuple(full)), step_weights=())
     table = polynomial(config, config.forecast, steps)
-    runs = _Runs(model, scheduler, noise, conditions, steps, replace(config, step_weights=_rows(table)), predictor, held_out, on_run)
+    placed = replace(config, step_weights=_rows(table))
+    runs = _Runs(model, placed, predictor, (scheduler, noise, steps, conditions), held_out, on_run)
     starts = [runs.of(polynomial(config, order, steps)) for order in range(config.forecast + 1)]
     current = best = max(starts, key=lambda run: run.seen_db)
     polynomial_db = max(run.held_out_db for run in starts)
     for _ in range(iterations):
-        found = runs.improved(current)
-        if found.seen_db <= current.seen_db:
+        before, current = current, runs.improved(current)
+        if current is before:
             break
-        current = found
         best = max(best, current, key=lambda run: run.held_out_db)
     return StepWeights(replace(config, step_weights=_rows(best.table)), polynomial_db, best.held_out_db)
 
@@ -117,23 +119,13 @@ class _Run:
 
 
 class _Runs:
-    """Runs of one compiled plan under other and other weights."""
+    """Runs of one compiled plan under other and other weights, all of what :func:`sample` is ``given`` beside the model."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        scheduler: Any,
-        noise: Tensor,
-        conditions: Conditions,
-        steps: int,
-        config: CacheConfig,
-        predictor: CachePredictor | None,
-        held_out: int,
-        on_run: OnRun,
+        self, model: nn.Module, config: CacheConfig, predictor: CachePredictor | None, given: _Given, held_out: int, on_run: OnRun
     ) -> None:
-        self.seen = len(noise) - held_out
-        self._given = (scheduler, noise, steps, conditions)
-        self._on_run = on_run
+        scheduler, noise, steps, _ = self._given = given
+        self.seen, self._on_run = len(noise) - held_out, on_run
         uncached = transform(model, ratio=0.0, backend="eager", scheduler=scheduler)
         self.net = transform(model, config=config, predictor=predictor, backend="eager", scheduler=scheduler)
         self.reference = self._images(uncached)
@@ -152,7 +144,7 @@ class _Runs:
         return _Run(table, images, seen, held_out)
 
     def improved(self, run: _Run) -> _Run:
-        """The best of the steps of Gauss-Newton from ``run`` under several dampings, by the images that are fitted."""
+        """The best of the steps of Gauss-Newton from ``run`` under several dampings, by the images fitted; ``run`` if none is better."""
         columns = []
         for step, place in self.places:
             table = run.table.clone()
@@ -162,13 +154,14 @@ class _Runs:
         error = (run.images - self.reference)[: self.seen].flatten().double()
         normal, gradient = jacobian @ jacobian.T, jacobian @ error
         floor = _LEAST * normal.diagonal().mean()
-        candidates = []
+        candidates = [run]
         for damping in _DAMPINGS:
             change = torch.linalg.solve(normal + torch.diag(damping * (normal.diagonal() + floor)), -gradient)
             table = run.table.clone()
             for (step, place), value in zip(self.places, change.tolist(), strict=True):
                 table[step, place] += value
-            candidates.append(self.of(table))
+            with suppress(InputError):  # far too long a step: the model's input is NaN
+                candidates.append(self.of(table))
         return max(candidates, key=lambda candidate: candidate.seen_db)
 
     def _images(self, net: Any) -> Tensor:

@@ -311,7 +311,7 @@ Nothing recomputed (ratio 1) and denser I-steps buy more nearly everywhere, see 
 {tuned["best"]["psnr_db"]:.1f} dB (ratio {tuned["best"]["ratio"]:g}, K = {tuned["best"]["last_k"]}, an I-step {tuned["best"]["schedule"]}, forecast {tuned["best"]["forecast"]}), and **{clock["best"]["latency_speedup"]:.2f}× on the clock**, both compiled.
 
 **A forecast fitted to the run.** An extrapolation by step numbers knows nothing of the sampler's times. `tokencache tune --fit` (`learn/step_weights.py`) fits the weights of every P-step, three each, to \
-the images at the end of the run, by Gauss-Newton on a dozen noises; the P-step costs what it did. Nothing recomputed, PSNR of noises that the fit did not see:
+the images at the end of the run, by Gauss-Newton on a dozen noises; the P-step costs what it did. Nothing recomputed; PSNR of noises that the fit did not see, over the range of the samples as the sampler leaves them:
 
 {step_weights()}
 

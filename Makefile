@@ -20,11 +20,11 @@ DATASET := dataset-fashion-mnist
 demo: .venv/installed
 	.venv/bin/tokencache demo --out out/demo
 
-# One thread a test process: the processes share the cores already.
+# One thread a test process: the processes share the cores already. Each takes half of the files, whose fixtures are then made once.
 test: .venv/installed browser
 	.venv/bin/ruff check .
 	.venv/bin/mypy -p tokencache_compile
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
 # The report's test opens it in Chromium, and is skipped where there is none (but not where CI is set).
 browser:

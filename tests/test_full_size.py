@@ -34,7 +34,7 @@ COMMON: dict[str, Any] = {
     "activation_fn": "gelu-approximate",
 }
 BLOCKS, LAST_K, TOKENS, KEPT = 28, 4, 256, 26
-STEPS, FULL = 4, (0, 1)
+STEPS, FULL = 3, (0, 1)
 
 
 @pytest.fixture(autouse=True)

@@ -42,9 +42,8 @@ def assert_close(first: list[Tensor], second: list[Tensor]) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_the_polynomials_own_weights_give_its_run(name: str) -> None:
     config = KINDS[name]
-    for order in range(config.forecast + 1):
-        own = run(transformed(build("dit"), config=weighted(config, polynomial(config, order, STEPS))), "dit", STEPS)
-        assert_close(own, run(transformed(build("dit"), config=replace(config, forecast=order)), "dit", STEPS))
+    own = run(transformed(build("dit"), config=weighted(config, polynomial(config, 1, STEPS))), "dit", STEPS)
+    assert_close(own, run(transformed(build("dit"), config=replace(config, forecast=1)), "dit", STEPS))
 
 
 class Skip(nn.Module):
@@ -157,14 +156,14 @@ def test_a_fit_comes_closer_on_noises_that_it_did_not_see() -> None:
     before = [parameter.clone() for parameter in net.parameters()]
     noise, given = pairs(8, 0)
     runs: list[int] = []
-    found = fit_step_weights(net, scheduler(), noise, given, STEPS, PLAIN, iterations=2, on_run=lambda: runs.append(1))
+    found = fit_step_weights(net, scheduler(), noise, given, STEPS, PLAIN, iterations=1, on_run=lambda: runs.append(1))
     assert all(torch.equal(*pair) for pair in zip(net.parameters(), before, strict=True))
     assert found.fitted_db > found.polynomial_db + 0.4
     assert len(found.config.step_weights) == STEPS and found.config.schedule == tc.Schedule(3, (0, 3, 6))
     assert {found.config.step_weights[step] for step in (0, 3, 6)} == {(1.0, 0.0, 0.0)}
 
     weights = 1 * 2 + 2 * 2 + 3 * 2  # two P-steps after each of three I-steps
-    assert len(runs) == 2 + 3 + 2 * (weights + 6)  # uncached and the first, three orders, and each iteration with its dampings
+    assert len(runs) == 2 + 3 + weights + 6  # uncached and the first, three orders, and an iteration with its dampings
     noise, given = pairs(4, 1)
     uncached = draw(net, scheduler(), noise, STEPS, given)
 

@@ -34,9 +34,9 @@ def denser_late(steps: int, full_steps: int) -> Schedule:
 
 
 def schedules_of(steps: int) -> dict[str, Schedule]:
-    """Even spacings, with and without the last step, and uneven ones of 2.5 and 3 times fewer I-steps than steps and more."""
+    """Even spacings, with and without the last step, and uneven ones for the speed-ups that methods are compared at."""
     found = {f"every {every}": Schedule(every) for every in (2, 3, 4)}
-    counts = (round(share * steps) for share in (0.4, 0.3, 0.35))
+    counts = (round(share * steps) for share in (0.4, 0.3, 0.35, 0.45, 0.65, 0.55))
     found |= {f"{count} I-steps, denser late": denser_late(steps, count) for count in counts}
     return found | {f"every {every} and the last": Schedule.with_last(steps, every) for every in (2, 3)}
 

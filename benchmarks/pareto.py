@@ -128,7 +128,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder; benchmarks/results/pareto_MODEL if left out.")] = None,
     phase: Annotated[Literal["quality", "latency", "judges", "all"], typer.Option(help="Latency wants a quiet machine.")] = "all",
     methods: Annotated[str, typer.Option(help="Regular expression: which ones beside fewer steps and random tokens.")] = "",
-    judged: Annotated[int, typer.Option(help="Noises of the judges phase.")] = 1000,
+    judged: Annotated[int, typer.Option(help="Noises of the judges phase.")] = 500,
     rounds: int = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 
 torch.set_num_threads(1)
 
-# Building graphs allocates millions of objects, and going through all that is alive each time is 6 % of the suite's time.
+# Building graphs allocates millions of objects, and going through all that is alive each time took 6 % of test_requests.
 gc.freeze()
 gc.set_threshold(100_000, 20, 10)
 

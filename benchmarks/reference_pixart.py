@@ -25,23 +25,25 @@ def captions_in_turn(samples: int, emoji: Emoji) -> Tensor:
     return (torch.arange(samples) * step) % len(emoji.captions)
 
 
-def pixart_subject(pairs: Tensor, emoji: Emoji, judges: Mapping[str, Judge], floors: Mapping[str, float]) -> Subject:
+def pixart_subject(
+    pairs: Tensor, emoji: Emoji, judges: Mapping[str, Judge], floors: Mapping[str, float], device: str = "cpu"
+) -> Subject:
     """A noise for each of the captions ``pairs`` [n]."""
 
     def load() -> nn.Module:
-        net: nn.Module = PixArtTransformer2DModel.from_pretrained(MODEL).eval()
+        net: nn.Module = PixArtTransformer2DModel.from_pretrained(MODEL).eval().to(device)
         return net
 
     (states, mask), (null_states, null_mask) = encode(emoji.captions), encode([""])
     given = {"encoder_hidden_states": states[pairs], "encoder_attention_mask": mask[pairs]}
     null = {"encoder_hidden_states": null_states, "encoder_attention_mask": null_mask}
     noise = torch.randn(len(pairs), 3, 32, 32, generator=torch.Generator().manual_seed(SEED))
-    settings = {"sampler": "DDIM", "guidance": GUIDANCE, "seed": SEED, "device": "cpu"}
+    settings = {"sampler": "DDIM", "guidance": GUIDANCE, "seed": SEED, "device": device}
     return Subject(
         "reference PixArt",
         load,
         lambda: DDIMScheduler(**SCHEDULER_CONFIG, clip_sample=False),
-        drawn_from(noise, Conditions(given, null, GUIDANCE), "cpu"),
+        drawn_from(noise, Conditions(given, null, GUIDANCE), device),
         STEPS,
         judges=judges,
         floors=floors,

@@ -24,16 +24,16 @@ def guided_captions(captions: Tensor) -> Conditions:
     return Conditions({"encoder_hidden_states": states[captions]}, {"encoder_hidden_states": null_state}, GUIDANCE)
 
 
-def video_subject(captions: Tensor) -> Subject:
+def video_subject(captions: Tensor, device: str = "cpu") -> Subject:
     """A noise for each of ``captions`` [n]."""
 
     def load() -> nn.Module:
-        net: nn.Module = WanTransformer3DModel.from_pretrained(MODEL, torch_dtype=torch.bfloat16).eval()
+        net: nn.Module = WanTransformer3DModel.from_pretrained(MODEL, torch_dtype=torch.bfloat16).eval().to(device)
         return net
 
     noise = torch.randn(len(captions), 3, FRAMES, SIZE, SIZE, generator=torch.Generator().manual_seed(SEED)).bfloat16()
-    settings = {"sampler": "Euler ancestral", "guidance": GUIDANCE, "seed": SEED, "device": "cpu", "dtype": "bfloat16"}
-    draw = drawn_from(noise, guided_captions(captions), "cpu")
+    settings = {"sampler": "Euler ancestral", "guidance": GUIDANCE, "seed": SEED, "device": device, "dtype": "bfloat16"}
+    draw = drawn_from(noise, guided_captions(captions), device)
     return Subject(
         "reference video model", load, lambda: EulerAncestralDiscreteScheduler(**SCHEDULER_CONFIG), draw, STEPS, settings=settings
     )

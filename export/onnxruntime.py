@@ -49,11 +49,8 @@ class OnnxSession:
         options.log_severity_level = 3  # errors: what it says of initialisers that share a file is no news
         if provider == "cpu":
             options.intra_op_num_threads = torch.get_num_threads()
-        index = {"device_id": self.device.index or 0}
         try:
-            self._session = runtime.InferenceSession(
-                str(path), options, providers=[(name, {} if name.startswith("CPU") else index) for name in wanted]
-            )
+            self._session = runtime.InferenceSession(str(path), options, providers=[(name, self._options(name)) for name in wanted])
         except Exception as error:
             raise ExportError(f"ONNX Runtime {runtime.__version__} refuses {path.name}: {str(error).strip()}") from error
         if (started := self._session.get_providers()[0]) != wanted[0]:
@@ -67,6 +64,13 @@ class OnnxSession:
             if found != needed:  # tensors are bound by address: ONNX Runtime would read or write beyond their ends
                 name = next(name for name in (*found, *needed) if found.get(name) != needed.get(name))
                 raise BundleError(f"{path.name} has {name} as {found.get(name)}, where {needed.get(name)} was to be. Export again.")
+
+    def _options(self, provider: str) -> dict[str, Any]:
+        """Of one of the providers; float32 products are TF32's where torch's own are."""
+        if provider == "CPUExecutionProvider":
+            return {}
+        index = {"device_id": self.device.index or 0}
+        return index | {"use_tf32": int(torch.backends.cuda.matmul.allow_tf32)} if provider == "CUDAExecutionProvider" else index
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`Session`."""

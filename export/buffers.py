@@ -138,18 +138,17 @@ class SharedMemory:
 class Recordings:
     """What was recorded of a step for each binding table (a CUDA graph), the ``capacity`` last used.
 
-    A table runs plainly at first: TensorRT must have run once with what is recorded, and the tables of a request's first steps,
-    whose caches are new, do not come back.
+    A table runs plainly at first, unless ``at_once``: TensorRT must have run once with what is recorded.
     """
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, at_once: bool = False) -> None:
+        self.capacity, self.at_once = capacity, at_once
         self._seen: OrderedDict[tuple[int, ...], None] = OrderedDict()
         self._replays: OrderedDict[tuple[int, ...], Callable[[], None]] = OrderedDict()
 
     def run(self, table: tuple[int, ...], plainly: Callable[[], None], record: Callable[[], Callable[[], None] | None]) -> None:
         """Run the step once: ``plainly`` the first time ``table`` is seen, from then on by what ``record`` returns, unless that is None."""
-        replay = self._replays.get(table) or (record() if table in self._seen else None)
+        replay = self._replays.get(table) or (record() if self.at_once or table in self._seen else None)
         (replay or plainly)()
         if replay is None:
             _keep(self._seen, table, None, 4 * self.capacity)

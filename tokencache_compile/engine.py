@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokencache_compile.errors import ConfigError
 from tokencache_compile.export import cpu_kernels
+from tokencache_compile.export.cuda_graphs import RecordedStep
 from tokencache_compile.export.inductor import compile_step
 from tokencache_compile.ir import StepProgram
 from tokencache_compile.passes.pipeline import StepPrograms
@@ -26,7 +27,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """Runs the step's graph module with torch: as it is, or compiled."""
+    """Runs the step's graph module with torch: as it is, or compiled, which on a GPU is run by CUDA graphs."""
 
     def __init__(self, step: StepProgram, compiled: bool) -> None:
         self.num_outputs = step.num_outputs
@@ -34,10 +35,13 @@ class TorchEngine:
         if (compiled or step.kind == "P") and step.on_float32_cpu and cpu_kernels.available():
             module = cpu_kernels.lower_linears(module)
         self.run = compile_step(module) if compiled else module
+        self._on_gpu = RecordedStep(step, self.run) if compiled else None
 
     def __call__(self, inputs: Sequence[Tensor], extras: Sequence[Tensor], caches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        tensors = [*inputs, *extras, *caches]
         with torch.no_grad():
-            results = self.run(*inputs, *extras, *caches)
+            by_graphs = self._on_gpu is not None and all(tensor.is_cuda for tensor in tensors)
+            results = self._on_gpu(*tensors) if self._on_gpu is not None and by_graphs else self.run(*tensors)
         return list(results[: self.num_outputs]), list(results[self.num_outputs :])
 
 

@@ -247,6 +247,8 @@ class StepDispatcher(nn.Module, ABC):
             compiled = self._lookup(signature, call, begins=branch not in request.branches)
             if request is not before:
                 self._local.counts = _Counts(compiled=compiled)
+                if before is not None:
+                    before.branches.clear()  # its caches make room, and so those of every run lie at the same addresses
             outputs = self._run(compiled, request, branch, timestep, tensors)
         except BaseException:
             self.reset()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokencache_compile.export.buffers import allocate
 from tokencache_compile.ir import CacheSpec
 from tokencache_compile.plan import CachePlan
 
@@ -24,6 +26,7 @@ class StepTable:
     caches: tuple[CacheSpec, ...]
     macs_full: int
     macs_cached: tuple[int, ...]
+    _initial: dict[torch.device, list[Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def cache_bytes(self) -> int:
@@ -44,5 +47,13 @@ class StepTable:
         return inputs
 
     def initial_caches(self, device: torch.device) -> list[Tensor]:
-        """The caches of a new request."""
-        return [torch.full(spec.shape, spec.fill, dtype=spec.dtype, device=device) for spec in self.caches]
+        """The caches of a new request: to be read only, for every request has these, and those that are alike share memory."""
+        if device not in self._initial:
+            alike: dict[tuple[Any, ...], Tensor] = {}
+            with torch.inference_mode(False):  # they serve calls outside of it too
+                for spec in self.caches:
+                    kind = spec.shape, spec.dtype, spec.fill
+                    if kind not in alike:
+                        alike[kind] = allocate(spec.nbytes, device).view(spec.dtype).view(spec.shape).fill_(spec.fill)
+            self._initial[device] = [alike[spec.shape, spec.dtype, spec.fill] for spec in self.caches]
+        return [cache.detach() for cache in self._initial[device]]

@@ -1,0 +1,143 @@
+"""A compiled step as CUDA graphs: one launch in the place of hundreds, which take longer than the kernels of a P-step.
+
+    tensors ──▶ Bindings.place ──▶ the step on fixed addresses: recorded the first time, then replayed
+                                   a recording for each table of addresses
+
+Nothing a recording reads or writes moves: what a step takes from the caller is copied into fixed buffers, caches are read where they lie
+and come back to the same few addresses, and weights that moved (a model that left the GPU and is back) are another table.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from tokencache_compile.export.buffers import Bindings, Placement, Recordings
+from tokencache_compile.ir import StepProgram, TensorSpec
+
+_LOG = logging.getLogger(__name__)
+_CAPACITY = 64  # recordings of a step: the tables of a run of as many steps
+Work = Callable[[], None]
+
+
+class Recorder:
+    """Records work on one device. All its recordings have one scratch memory, so they run one after another.
+
+    Attributes:
+        lock: held while a step is placed, run and its results are copied out.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.lock = device, threading.RLock()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()
+
+    def enter(self) -> int:
+        """Have the caller's stream wait for whatever ran here last; returns the stream's handle."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(self._done)
+        return stream.cuda_stream
+
+    def leave(self) -> None:
+        """What runs here next comes after what the caller's stream has been given."""
+        self._done.record(torch.cuda.current_stream(self.device))
+
+    def record(self, work: Work) -> Work:
+        """What does ``work`` again on the same memory. Raises a RuntimeError if it cannot be recorded."""
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on allocating
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+
+@functools.cache
+def recorder(device: torch.device) -> Recorder:
+    """The one recorder of ``device``."""
+    with torch.cuda.device(device):
+        return Recorder(device)
+
+
+class RecordedStep:
+    """Runs ``run``, the compiled form of ``step``, by recordings.
+
+    Args:
+        run: ``(*inputs, *extras, *caches) -> (*outputs, *caches)``; writes to none of what it is given.
+        make_recorder: of the device of the first call's tensors.
+    """
+
+    def __init__(
+        self, step: StepProgram, run: Callable[..., Sequence[Tensor]], make_recorder: Callable[[torch.device], Recorder] = recorder
+    ) -> None:
+        graph = step.module.graph
+        self._run, self._make_recorder = run, make_recorder
+        self._names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+        self._num_outputs = step.num_outputs
+        results: Sequence[Node] = graph.output_node().args[0]  # type: ignore[assignment]
+        # A cache that only moves, or stays, is the caller's own tensor; the model's outputs are always new.
+        self._results = [
+            str(node.target) if node.op == "placeholder" and place >= step.num_outputs else f"result {place}"
+            for place, node in enumerate(results)
+        ]
+        self._caches = self._names[len(self._names) - len(step.caches) :]
+        self._weights = list(step.module.parameters())
+        self._recordings = Recordings(_CAPACITY, at_once=True)
+        self._records = True
+        self._bindings: Bindings | None = None
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """The step's outputs and caches, in the order of the caller's stream."""
+        values = dict(zip(self._names, tensors, strict=True))
+        recorder = self._make_recorder(tensors[0].device)
+        # The fixed buffers outlive the call, so they must not be tensors of inference mode.
+        with recorder.lock, torch.inference_mode(False), torch.no_grad():
+            lane = recorder.enter()
+            if self._bindings is None:
+                return self._first(values)
+            placed = self._bindings.place(values, lane)
+            if self._records:
+                table = (*placed.addresses, *(weight.data_ptr() for weight in self._weights))
+                self._recordings.run(table, partial(self._plainly, placed), partial(self._recorded, placed, recorder))
+            else:
+                self._plainly(placed)
+            found = values | placed.results(self._bindings.empty_copies())
+            recorder.leave()
+        return [found[name] for name in self._results]
+
+    def _first(self, values: dict[str, Tensor]) -> list[Tensor]:
+        """Compile, and see what the results are like."""
+        results = [result.contiguous() for result in self._run(*values.values())]
+        inputs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in values.items()]
+        new = [
+            TensorSpec(name, tuple(result.shape), result.dtype)
+            for name, result in zip(self._results, results, strict=True)
+            if name not in values
+        ]
+        self._bindings = Bindings(inputs, new, self._caches, self._num_outputs, results[0].device)
+        return results
+
+    def _plainly(self, placed: Placement) -> None:
+        for name, result in zip(self._results, self._run(*placed.inputs.values()), strict=True):
+            if name in placed.outputs:
+                placed.outputs[name].copy_(result)
+
+    def _recorded(self, placed: Placement, recorder: Recorder) -> Work | None:
+        """A recording of the step on these addresses; None where it cannot be recorded, which then stays so."""
+        try:
+            return recorder.record(partial(self._plainly, placed))
+        except RuntimeError as error:
+            _LOG.warning("A step runs without CUDA graphs, launch by launch: %s", error)
+            self._records = False
+            return None

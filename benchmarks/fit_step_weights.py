@@ -54,8 +54,9 @@ def fitted(model: str, schedule: Schedule, noises: int, iterations: int, threads
     torch.set_flush_denormal(True)
     start, subject = time.perf_counter(), REFERENCES[model].subject(1000, device)
     noise, conditions = subject.draw(FIRST, noises)
-    config = CacheConfig(ratio=1.0, schedule=schedule)
-    found = fit_step_weights(subject.load(), subject.scheduler(), noise, conditions, subject.steps, config, iterations=iterations)
+    run = subject.load(), subject.scheduler(), noise, conditions, subject.steps
+    backend = "eager" if device == "cpu" else "inductor"
+    found = fit_step_weights(*run, CacheConfig(ratio=1.0, schedule=schedule), iterations=iterations, backend=backend)
     row = {"polynomial_db": found.polynomial_db, "fitted_db": found.fitted_db, "seconds": time.perf_counter() - start}
     return row | {"config": to_json(found.config)}
 

@@ -5,8 +5,8 @@
     python benchmarks/generation_latency.py --models "DiT-XL/2 256" --out /tmp/cpu.json          # hours on a CPU
 
 Random weights in bfloat16: no figure of quality. Every method has a process of its own, which compiles beside the others'; once all have,
-they are timed one at a time, each in turn with the model under plain torch.compile. Seconds are medians over the rounds, on a
-GPU by CUDA events, and hold the sampler.
+they are timed one at a time, each in turn with the uncached model under torch.compile, on a GPU in the mode that runs CUDA graphs
+(reduce-overhead). Seconds are medians over the rounds, on a GPU by CUDA events, and hold the sampler.
 """
 
 from __future__ import annotations
@@ -128,16 +128,23 @@ def full_steps_only(net: Any, scheduler: Any, backend: str) -> Any:
     return transform(net, ratio=0.0, backend=backend, scheduler=scheduler)
 
 
-# Peers have the I-steps of "every 4" and the same order of forecast.
-METHODS: dict[str, Callable[[Subject], Method]] = {
-    "uncached, eager": lambda _: Method("eager", "uncached", lambda net, scheduler, backend: net),
-    "uncached, I-steps": lambda _: Method("I-steps", "uncached", full_steps_only),
-    "transform(model, ratio=0.9)": lambda _: Method("one-liner", "ours", one_liner),
-    "ratio 0.9, every 4": lambda _: cached("ratio 0.9", CacheConfig(ratio=0.9, schedule=Schedule(4))),
-    "nothing recomputed, every 4": lambda _: cached("nothing recomputed", CacheConfig(ratio=1.0, schedule=Schedule(4))),
-    "the paper's settings, predictor": with_predictor,
-    "cache-dit TaylorSeer, order 2, every 4": lambda subject: cache_dit("order 2, every 4", "cache-dit TaylorSeer", subject, 4, 2),
-    "diffusers TaylorSeer, order 2, every 4": lambda subject: taylorseer(subject, 4, 2),
+def cache_dit_taylorseer(subject: Subject) -> Method:
+    """cache-dit's block-level forecast: what this package has with nothing recomputed."""
+    return cache_dit("order 2, every 4", "cache-dit TaylorSeer", subject, 4, 2)
+
+
+# Of a subject, and how its compiled form is asked for; peers have the I-steps of "every 4" and the same order of forecast.
+METHODS: dict[str, tuple[Callable[[Subject], Method], str]] = {
+    "uncached, eager": (lambda _: uncached_by_torch(), "eager"),
+    "uncached, torch.compile": (lambda _: uncached_by_torch(), "inductor"),
+    "uncached, I-steps": (lambda _: Method("I-steps", "uncached", full_steps_only), "inductor"),
+    "transform(model, ratio=0.9)": (lambda _: Method("one-liner", "ours", one_liner), "inductor"),
+    "ratio 0.9, every 4": (lambda _: cached("ratio 0.9", CacheConfig(ratio=0.9, schedule=Schedule(4))), "inductor"),
+    "nothing recomputed, every 4": (lambda _: cached("nothing recomputed", CacheConfig(ratio=1.0, schedule=Schedule(4))), "inductor"),
+    "the paper's settings, predictor": (with_predictor, "inductor"),
+    "cache-dit TaylorSeer, order 2, every 4": (cache_dit_taylorseer, "inductor"),
+    "cache-dit TaylorSeer, order 2, every 4, CUDA graphs": (cache_dit_taylorseer, "cudagraphs"),
+    "diffusers TaylorSeer, order 2, every 4": (lambda subject: taylorseer(subject, 4, 2), "inductor"),
 }
 
 
@@ -151,8 +158,8 @@ class Prepared:
     seconds: float
 
 
-def prepare(subject: Subject, method: Method) -> Prepared:
-    """Compile both sides and run each twice."""
+def prepare(subject: Subject, method: Method, backend: str) -> Prepared:
+    """Compile both sides and run each three times."""
     noise, conditions = subject.draw(0, 0)
 
     def run_of(net: Any, scheduler: Any) -> Callable[[], float]:
@@ -160,13 +167,14 @@ def prepare(subject: Subject, method: Method) -> Prepared:
 
     plain = uncached_by_torch().start
     assert method.start is not None and plain is not None
-    compared = run_of(plain(subject.load(), None, "inductor"), subject.scheduler())
-    for _ in range(2):
+    graphs = "cudagraphs" if noise.is_cuda else "inductor"
+    compared = run_of(plain(subject.load(), None, graphs), subject.scheduler())
+    for _ in range(3):
         compared()
     began, scheduler = time.perf_counter(), subject.scheduler()
-    net = method.start(subject.load(), scheduler, "inductor")
+    net = method.start(subject.load(), scheduler, backend)
     own = run_of(net, scheduler)
-    for _ in range(2):
+    for _ in range(3):
         own()
     return Prepared(own, compared, net, time.perf_counter() - began)
 
@@ -191,7 +199,8 @@ def work(name: str, method: str, device: str, rounds: int, parent: Connection) -
     """The process of one method: says that it is ready, waits for its turn, and sends figures; or why it failed."""
     try:
         subject = subject_of(name, device)
-        prepared = prepare(subject, METHODS[method](subject))
+        make, backend = METHODS[method]
+        prepared = prepare(subject, make(subject), backend)
         parent.send(None)
         parent.recv()
         parent.send(timed(prepared, rounds))

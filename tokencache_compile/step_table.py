@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from tokencache_compile.export.buffers import allocate
 from tokencache_compile.ir import CacheSpec
@@ -55,5 +56,6 @@ class StepTable:
                     kind = spec.shape, spec.dtype, spec.fill
                     if kind not in alike:
                         alike[kind] = allocate(spec.nbytes, device).view(spec.dtype).view(spec.shape).fill_(spec.fill)
-            self._initial[device] = [alike[spec.shape, spec.dtype, spec.fill] for spec in self.caches]
-        return [cache.detach() for cache in self._initial[device]]
+                kinds = ((spec.shape, spec.dtype, spec.fill) for spec in self.caches)
+                self._initial[device] = [from_dlpack(alike[kind]) for kind in kinds]  # own storages: torch.compile takes no views
+        return list(self._initial[device])

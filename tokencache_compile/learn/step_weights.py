@@ -71,6 +71,7 @@ def fit_step_weights(
     predictor: CachePredictor | None = None,
     iterations: int = 4,
     on_run: OnRun = lambda: None,
+    backend: str = "eager",
 ) -> StepWeights:
     """Fit the forecast of every P-step of a run of ``steps`` steps by Gauss-Newton with damping (Levenberg, Marquardt).
 
@@ -81,6 +82,7 @@ def fit_step_weights(
         noise: [n, C, ...]; the last quarter is held out, and by it the best iteration is chosen.
         conditions: of as many samples.
         config: settings with ``history="full_steps"`` and a forecast of order 1 or 2.
+        backend: of the runs, as for ``transform``: "eager" or "inductor".
 
     Raises:
         ConfigError: fewer than 4 noises, no P-step, or a ``config`` without such a forecast.
@@ -92,7 +94,7 @@ def fit_step_weights(
     config = replace(config, schedule=Schedule(config.schedule_of(steps).every, tuple(full)), step_weights=())
     table = polynomial(config, config.forecast, steps)
     placed = replace(config, step_weights=_rows(table))
-    runs = _Runs(model, placed, predictor, (scheduler, noise, steps, conditions), held_out, on_run)
+    runs = _Runs(model, placed, predictor, (scheduler, noise, steps, conditions), held_out, on_run, backend)
     starts = [runs.of(polynomial(config, order, steps)) for order in range(config.forecast + 1)]
     current = best = max(starts, key=lambda run: run.seen_db)
     polynomial_db = max(run.held_out_db for run in starts)
@@ -122,12 +124,19 @@ class _Runs:
     """Runs of one compiled plan under other and other weights, all of what :func:`sample` is ``given`` beside the model."""
 
     def __init__(
-        self, model: nn.Module, config: CacheConfig, predictor: CachePredictor | None, given: _Given, held_out: int, on_run: OnRun
+        self,
+        model: nn.Module,
+        config: CacheConfig,
+        predictor: CachePredictor | None,
+        given: _Given,
+        held_out: int,
+        on_run: OnRun,
+        backend: str,
     ) -> None:
         scheduler, noise, steps, _ = self._given = given
         self.seen, self._on_run = len(noise) - held_out, on_run
-        uncached = transform(model, ratio=0.0, backend="eager", scheduler=scheduler)
-        self.net = transform(model, config=config, predictor=predictor, backend="eager", scheduler=scheduler)
+        uncached = transform(model, ratio=0.0, backend=backend, scheduler=scheduler)
+        self.net = transform(model, config=config, predictor=predictor, backend=backend, scheduler=scheduler)
         self.reference = self._images(uncached)
         self.range = 2.0 * float(self.reference.abs().max())
         self._images(self.net)  # builds the steps

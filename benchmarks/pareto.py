@@ -119,7 +119,7 @@ def fitted(file: Path) -> list[Method]:
 REFERENCES = {
     "dit": Reference(dit, fashion, DEFAULT_PLAN, 12, 64, True, samples=100, chunk=25, batch=4),
     "pixart": Reference(pixart, emoji_set, PIXART.parent / "cache_pixart", 8, 64, True, samples=100, chunk=25, batch=4),
-    "video": Reference(video, nobody, None, 8, 512, False, samples=16, chunk=8, batch=1),
+    "video": Reference(video, nobody, None, 8, 512, False, samples=8, chunk=8, batch=1),
 }
 
 

@@ -1,7 +1,6 @@
 """A compiled step as CUDA graphs: one launch in the place of hundreds, which take longer than the kernels of a P-step.
 
-    tensors ──▶ Bindings.place ──▶ the step on fixed addresses: recorded the first time, then replayed
-                                   a recording for each table of addresses
+    tensors ──▶ Bindings.place ──▶ the step on fixed addresses: recorded for each new table of addresses, then replayed
 
 Nothing a recording reads or writes moves: what a step takes from the caller is copied into fixed buffers, caches are read where they lie
 and come back to the same few addresses, and weights that moved (a model that left the GPU and is back) are another table.
@@ -12,12 +11,13 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.utils.dlpack import from_dlpack
 
 from tokencache_compile.export.buffers import Bindings, Placement, Recordings
 from tokencache_compile.ir import StepProgram, TensorSpec
@@ -96,6 +96,7 @@ class RecordedStep:
         self._recordings = Recordings(_CAPACITY, at_once=True)
         self._records = True
         self._bindings: Bindings | None = None
+        self._warm = False
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """The step's outputs and caches, in the order of the caller's stream."""
@@ -107,18 +108,19 @@ class RecordedStep:
             if self._bindings is None:
                 return self._first(values)
             placed = self._bindings.place(values, lane)
-            if self._records:
+            if self._records and self._warm:
                 table = (*placed.addresses, *(weight.data_ptr() for weight in self._weights))
                 self._recordings.run(table, partial(self._plainly, placed), partial(self._recorded, placed, recorder))
             else:
-                self._plainly(placed)
+                self._plainly(placed)  # whatever is made ready at a first run on such tensors is made outside of a recording
+                self._warm = True
             found = values | placed.results(self._bindings.empty_copies())
             recorder.leave()
         return [found[name] for name in self._results]
 
     def _first(self, values: dict[str, Tensor]) -> list[Tensor]:
         """Compile, and see what the results are like."""
-        results = [result.contiguous() for result in self._run(*values.values())]
+        results = [result.contiguous() for result in self._of(values)]
         inputs = [TensorSpec(name, tuple(value.shape), value.dtype) for name, value in values.items()]
         new = [
             TensorSpec(name, tuple(result.shape), result.dtype)
@@ -126,10 +128,14 @@ class RecordedStep:
             if name not in values
         ]
         self._bindings = Bindings(inputs, new, self._caches, self._num_outputs, results[0].device)
-        return results
+        return [values.get(name, result) for name, result in zip(self._results, results, strict=True)]
+
+    def _of(self, values: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        """The step of ``values``, each as a storage of its own: torch.compile takes no views of one memory."""
+        return self._run(*map(from_dlpack, values.values()))
 
     def _plainly(self, placed: Placement) -> None:
-        for name, result in zip(self._results, self._run(*placed.inputs.values()), strict=True):
+        for name, result in zip(self._results, self._of(placed.inputs), strict=True):
             if name in placed.outputs:
                 placed.outputs[name].copy_(result)
 

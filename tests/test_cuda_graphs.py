@@ -13,10 +13,12 @@ import torch
 from test_tensorrt_session import at_address, guided_run
 from tiny import build, conditions, same_bits, sample, transformed
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from tokencache_compile import ahead, engine
 from tokencache_compile.export.buffers import Placement
 from tokencache_compile.export.cuda_graphs import RecordedStep
+from tokencache_compile.export.inductor import compile_step
 from tokencache_compile.ir import StepProgram, TensorSpec
 
 
@@ -74,12 +76,13 @@ class PlainEngine:
         return results[: self.num_outputs], results[self.num_outputs :]
 
 
-def dispatcher_of(model: Any, recorder: AddressRecorder | None, settings: dict[str, Any]) -> Any:
+def dispatcher_of(model: Any, recorder: AddressRecorder | None, settings: dict[str, Any], compiled: bool = False) -> Any:
     """A dispatcher whose steps run by ``recorder``, or plainly; it has been called once."""
 
     class RecordedEngine(PlainEngine):
         def made(self, step: StepProgram) -> Callable[..., Sequence[Tensor]]:
-            return RecordedStep(step, step.module, lambda device: recorder)  # type: ignore[arg-type,return-value]
+            run = compile_step(step.module) if compiled else step.module
+            return RecordedStep(step, run, lambda device: recorder)  # type: ignore[arg-type,return-value]
 
     dispatcher = transformed(model, **settings)
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +94,6 @@ def dispatcher_of(model: Any, recorder: AddressRecorder | None, settings: dict[s
 
 SETTINGS = [
     {"context": "reuse", "scorer": "random"},
-    {"context": "cached", "scorer": "change", "forecast": 1},
     {"context": "cached", "scorer": "change", "history": "computed"},
     {"ratio": 1.0},
 ]
@@ -107,6 +109,15 @@ def test_whole_runs(settings: dict[str, Any]) -> None:
     found.append(guided_run(dispatcher, 3))
     assert recorder.recorded == recorded > 0 and recorder.replayed - replayed == 100
     assert all(same_bits(got, guided_run(plain, seed)) for got, seed in zip(found, (3, 4, 3), strict=True))
+
+
+def test_a_compiled_step_is_compiled_once() -> None:
+    """What it is given at its first call, and from fixed buffers later, is of one kind to torch.compile: two graphs, no break."""
+    torch._dynamo.reset()
+    counters.clear()
+    dispatcher = dispatcher_of(build("dit", layers=2), AddressRecorder(), SETTINGS[0], compiled=True)
+    first, again = (guided_run(dispatcher, 3, steps=12) for _ in range(2))
+    assert same_bits(first, again) and counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_threads() -> None:

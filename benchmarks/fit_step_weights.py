@@ -33,16 +33,10 @@ FIRST = 500  # number of the first noise that is fitted to
 POWERS = {"pixart": 1.5, "dit": 1.2}
 
 
-def denser_late(steps: int, full_steps: int, power: float) -> Schedule:
-    """I-steps of which the first and the last step are two, and the intervals between them grow shorter towards the end."""
-    places = (1 - (1 - j / (full_steps - 1)) ** power for j in range(full_steps))
-    return Schedule(steps, tuple(sorted({round((steps - 1) * place) for place in places})))
-
-
 def schedules_of(model: str, steps: int) -> dict[str, Schedule]:
     """Even spacings, with the last step and without, and uneven ones for the speed-ups that methods are compared at."""
     counts = (round(share * steps) for share in (0.4, 0.3, 0.35, 0.45, 0.65, 0.55))
-    found = {f"{count} I-steps, denser late": denser_late(steps, count, POWERS[model]) for count in counts}
+    found = {f"{count} I-steps, denser late": Schedule.denser_late(steps, count, POWERS[model]) for count in counts}
     if steps < 36:
         found |= {f"every {every}": Schedule(every) for every in (2, 3, 4)}
     return found | {f"every {every} and the last": Schedule.with_last(steps, every) for every in ((2, 3) if steps < 36 else (2, 3, 4))}

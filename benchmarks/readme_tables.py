@@ -227,7 +227,7 @@ def pareto(model: str) -> str:
             shown = ["–" if p is None else ("**{}**" if p is best[s] else "{}").format(metric.show(p.quality[metric.key])) for s, p in zip(SPEED_UPS, chosen, strict=True)]
             if any(chosen):
                 rows.append([family, *shown])
-        floor = result["floors"].get(metric.key)
+        floor = result.get("floors", {}).get(metric.key)
         title = metric.title + (f"; floor {metric.show(floor)}, uncached {metric.show(result['uncached'][metric.key])}" if floor is not None else "")
         parts.append(table([title, *(f"{speed:g}×" for speed in SPEED_UPS)], rows))
         won = [f"{speed:g}×" for speed, p in best.items() if p is not None and p.family in (OURS, RANDOM)]
@@ -326,14 +326,14 @@ itself twice as fast as the eager model, and what the P-step cannot drop (weight
 must be read for few rows) weighs more beside it: its time over MACs is above 1.
 
 **Engines**: the reference DiT with the shipped plan, {read("benchmarks/results/bench_engines.json")["inputs"]["0"][0][0]} rows, medians of {read("benchmarks/results/bench_engines.json")["rounds"]} rounds in turn on {read("benchmarks/results/bench_engines.json")["threads"]} CPU threads. \
-(TensorRT engines are built here and not run: no GPU.)
+(TensorRT engines are built here and not run.)
 
 {engines()}
 
 {exported()}
 
 **The reference DiT**: a classifier that is right on {judged["overall"]["classifier_accuracy"]:.1%} of the real test images names the requested class for \
-**{judged["overall"]["agreement"]:.1%}** of {judged["settings"]["samples"]} guided 50-step samples. No GPU was at hand for these figures; `step_latency.py --device cuda` is ready for one."""
+**{judged["overall"]["agreement"]:.1%}** of {judged["settings"]["samples"]} guided 50-step samples. These figures are a CPU's; docs/gpu.md has what was measured on a GPU."""
 
 
 def main(check: Annotated[bool, typer.Option(help="Compare instead of writing.")] = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -159,6 +160,22 @@ def test_uniform_schedules(steps: Any, full_steps: Any) -> None:
 def test_schedules_with_the_last_step(steps: Any, every: Any) -> None:
     with pytest.raises(ConfigError, match="both are whole numbers"):
         Schedule.with_last(steps, every)
+
+
+@pytest.mark.parametrize(("steps", "full_steps", "power"), [(10, 1, 1.5), (10, 11, 1.5), (1, 1, 1.5), (10, 2.5, 1.5), (10, 4, 0.5)])
+def test_schedules_that_grow_denser(steps: Any, full_steps: Any, power: float) -> None:
+    with pytest.raises(ConfigError, match="2 to all steps"):
+        Schedule.denser_late(steps, full_steps, power)
+
+
+@pytest.mark.parametrize(("steps", "full_steps"), [(50, 13), (20, 11), (20, 6), (10, 9), (7, 7), (5, 2)])
+def test_schedules_grow_denser_late(steps: int, full_steps: int) -> None:
+    """As many I-steps as asked for, the first and the last step among them, and no interval much longer than one before it."""
+    full = Schedule.denser_late(steps, full_steps).full
+    assert full is not None and len(full) == full_steps and (full[0], full[-1]) == (0, steps - 1)
+    gaps = [after - before for before, after in itertools.pairwise(full)]
+    assert all(after <= before + 1 for before, after in itertools.pairwise(gaps)) and gaps[-1] == min(gaps)
+    assert Schedule.denser_late(20, 11).full == (0, 3, 5, 8, 10, 12, 14, 16, 17, 18, 19)
 
 
 @pytest.mark.parametrize(("steps", "full_steps"), [(50, 12), (20, 9), (10, 6), (250, 50), (7, 7), (5, 1)])

@@ -227,6 +227,14 @@ def test_providers(bundle: BundleDispatcher) -> None:
                 OnnxSession(session.path, session.io, provider)
 
 
+def test_products_of_float32_are_rounded_as_torchs(bundle: BundleDispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    session: OnnxSession = bundle._compiled.full.session  # type: ignore[attr-defined]
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        assert session._options("CUDAExecutionProvider")["use_tf32"] == int(allowed)
+    assert session._options("CPUExecutionProvider") == {}
+
+
 def test_a_file_onnxruntime_cannot_read(bundle: BundleDispatcher, tmp_path: Path) -> None:
     session = bundle._compiled.full.session  # type: ignore[attr-defined]
     (tmp_path / "full.onnx").write_bytes(b"no model")

@@ -93,7 +93,8 @@ def test_space_holds_what_the_search_is_about() -> None:
     assert {config.last_k for config in space} == {0, 2}
     assert {config.context for config in space if config.ratio < 1.0} == {"reuse", "full"}
     assert {config.schedule.every for config in space if config.schedule is not None} >= {2, 3, 4, 5}
-    assert {Schedule.with_last(STEPS, every) for every in (2, 3, 4)} <= {config.schedule for config in space}
+    last = [Schedule.with_last(STEPS, every) for every in (2, 3, 4)]
+    assert {*last, *(Schedule.denser_late(STEPS, len(one.full or ())) for one in last)} <= {config.schedule for config in space}
 
 
 def test_every_candidate_is_measured_as_it_runs(tmp_path: Path) -> None:

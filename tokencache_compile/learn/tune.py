@@ -88,7 +88,10 @@ def search_space(base: CacheConfig, steps: int, last_ks: Sequence[int] = (0, 2))
     In order of promise, so that a small budget sees the best first: what recomputes nothing costs least and has no context.
     """
     even = [Schedule(every=every) for every in (4, 3, 2)]
-    spacings = [*even, *(Schedule.with_last(steps, one.every) for one in even), *(Schedule(every=every) for every in (5, 6, 8))]
+    last = [Schedule.with_last(steps, one.every) for one in even]
+    denser = [Schedule.denser_late(steps, len(one.full)) for one in last if one.full is not None and len(one.full) > 1]
+    usual = [*even, *last, *denser]
+    spacings = [*usual, *(Schedule(every=every) for every in (5, 6, 8))]
     bare = [
         replace(base, ratio=1.0, last_k=last_k, forecast=order, schedule=schedule)
         for order, last_k, schedule in itertools.product((2, 1, 0), last_ks, spacings)
@@ -96,7 +99,7 @@ def search_space(base: CacheConfig, steps: int, last_ks: Sequence[int] = (0, 2))
     contexts: tuple[Context, ...] = ("reuse", "full")
     recomputing = [
         replace(base, ratio=ratio, last_k=last_k, context=context, schedule=schedule)
-        for context, ratio, last_k, schedule in itertools.product(contexts, (0.9, 0.7), last_ks, spacings[:6])
+        for context, ratio, last_k, schedule in itertools.product(contexts, (0.9, 0.7), last_ks, usual)
     ]
     both = [config for pair in itertools.zip_longest(bare, recomputing) for config in pair if config is not None]
     return list(dict.fromkeys([base, *both]))

@@ -67,7 +67,7 @@ class Schedule:
         """
         if not is_ints((steps, full_steps)) or not 2 <= full_steps <= steps or power < 1:
             raise ConfigError(
-                f"{full_steps!r} I-steps of {steps!r}, power {power!r}, were asked for; 2 to all steps, and a power of 1 or more, can be had."
+                f"{full_steps!r} I-steps of {steps!r}, power {power!r}, were asked for; 2 to all steps, and 1 or more, are possible."
             )
         found: list[int] = []
         for j in range(full_steps):

@@ -67,6 +67,10 @@ def _body_of(name: str, call: BlockCall, exported: torch.export.ExportedProgram)
             graph.output(tuple(_own(graph, env[value]) for value in node.args[0] if isinstance(value, Node)))
         elif _is_inactive_dropout(node) or _is_cast_to_own_dtype(node):
             env[node] = env[node.args[0]]
+        elif node.target is torch.ops.aten.type_as.default:  # reads no more of the other tensor than its dtype, and is not to wait for it
+            value, dtype = env[node.args[0]], node.meta["val"].dtype
+            env[node] = value if value.meta["val"].dtype == dtype else graph.call_function(torch.ops.aten.to.dtype, (value, dtype))
+            env[node].meta = env[node].meta or dict(node.meta)
         else:
             if node.op == "get_attr":  # the graph within an autocast region
                 root[node.target] = getattr(exported.graph_module, node.target)

@@ -85,6 +85,34 @@ def test_whole_runs(kind: str, order: int, ratio: float, last_k: int, backend: s
     assert float((got[-1] - other[-1]).norm() / other[-1].norm()) > 1e-3, "the block's update whole is something else"
 
 
+def test_wan() -> None:
+    """Its attentions cast what they return to their query's dtype, and are no part of what makes the query."""
+    model, given = FAMILIES["WanTransformer3DModel"].build()
+    config = CacheConfig(ratio=1.0, forecast=1, granularity="module", schedule=Schedule(EVERY))
+    dispatcher = tokencache_compile.transform(model, config=config, backend="eager")
+    draw = torch.Generator().manual_seed(0)
+    noises = [torch.randn(given["hidden_states"].shape, generator=draw) for _ in range(7)]
+
+    def outputs(net: Model, before: Callable[[int], None]) -> list[Tensor]:
+        found = []
+        for step, noise in enumerate(noises):
+            before(step)
+            call = given | {"hidden_states": noise, "timestep": torch.full_like(given["timestep"], 900 - 100 * step)}
+            with torch.no_grad():
+                found.append(net(**call, return_dict=False)[0])
+        return found
+
+    got = outputs(dispatcher, lambda step: None)
+    modules = [(part, Remembered(part.forward, 1, False)) for block in model.blocks for part in (block.attn1, block.attn2, block.ffn)]
+
+    def before(step: int) -> None:
+        for part, remembered in modules:
+            part.forward = partial(remembered, step, None)
+
+    assert_close(got, outputs(model, before))
+    assert (dispatcher.summary().full_steps, dispatcher.summary().cached_steps) == (3, 4)
+
+
 def test_every_token_kept_is_the_model_but_for_attention() -> None:
     """n_l = N: with the attention just computed (an I-step before, the same input) the P-step is the model."""
     given = inputs("dit")

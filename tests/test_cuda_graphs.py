@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from test_tensorrt_session import at_address, guided_run
-from tiny import build, conditions, same_bits, sample, transformed
+from tiny import build, inputs, same_bits, transformed
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from tokencache_compile import ahead, engine
 from tokencache_compile.export.buffers import Placement
 from tokencache_compile.export.cuda_graphs import RecordedStep
 from tokencache_compile.export.inductor import compile_step
@@ -62,13 +62,10 @@ class Unrecordable(AddressRecorder):
 
 
 class PlainEngine:
-    """A step's graph in torch, every result new: without what engines make of it for a CPU."""
+    """Runs a step, every result new: without what engines make of it for a CPU."""
 
-    def __init__(self, step: StepProgram, compiled: bool) -> None:
-        self.num_outputs, self.run = step.num_outputs, self.made(step)
-
-    def made(self, step: StepProgram) -> Callable[..., Sequence[Tensor]]:
-        return step.module
+    def __init__(self, step: StepProgram, run: Callable[..., Sequence[Tensor]]) -> None:
+        self.num_outputs, self.run = step.num_outputs, run
 
     def __call__(self, *given: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         with torch.no_grad():
@@ -76,20 +73,28 @@ class PlainEngine:
         return results[: self.num_outputs], results[self.num_outputs :]
 
 
-def dispatcher_of(model: Any, recorder: AddressRecorder | None, settings: dict[str, Any], compiled: bool = False) -> Any:
-    """A dispatcher whose steps run by ``recorder``, or plainly; it has been called once."""
+def plainly(step: StepProgram) -> PlainEngine:
+    return PlainEngine(step, step.module)
 
-    class RecordedEngine(PlainEngine):
-        def made(self, step: StepProgram) -> Callable[..., Sequence[Tensor]]:
-            run = compile_step(step.module) if compiled else step.module
-            return RecordedStep(step, run, lambda device: recorder)  # type: ignore[arg-type,return-value]
 
-    dispatcher = transformed(model, **settings)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (engine, ahead):
-            patch.setattr(module, "TorchEngine", RecordedEngine if recorder is not None else PlainEngine)
-        dispatcher(sample(), timestep=torch.full((len(sample()),), 5), **conditions("dit"))
-    return dispatcher
+def recorded_by(recorder: AddressRecorder, compiled: bool = False) -> Callable[[StepProgram], PlainEngine]:
+    def engine(step: StepProgram) -> PlainEngine:
+        run = compile_step(step.module) if compiled else step.module
+        return PlainEngine(step, RecordedStep(step, run, lambda device: recorder))  # type: ignore[arg-type,return-value]
+
+    return engine
+
+
+def dispatcher_of(settings: dict[str, Any]) -> Any:
+    return transformed(build("dit", layers=2), example_inputs=inputs("dit"), **settings)
+
+
+def run_by(dispatcher: Any, engine: Callable[[StepProgram], PlainEngine], seeds: Sequence[int], steps: int = 24) -> list[list[Tensor]]:
+    """Guided runs one after the other, by engines that were made for the first of them."""
+    (key, captured), *_ = dispatcher._compiled.items()
+    engines = {"full": engine(captured.steps.full), "cached": tuple(map(engine, captured.steps.cached))}
+    dispatcher._compiled = {key: replace(captured, **engines)}
+    return [guided_run(dispatcher, seed, steps) for seed in seeds]
 
 
 SETTINGS = [
@@ -101,57 +106,48 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_whole_runs(settings: dict[str, Any]) -> None:
-    """Two branches: what plain steps give bit for bit, and from the third run on there is nothing new to record."""
-    model, recorder = build("dit", layers=3), AddressRecorder()
-    dispatcher, plain = (dispatcher_of(model, one, settings) for one in (recorder, None))
-    found = [guided_run(dispatcher, seed) for seed in (3, 4)]
+    """Two branches: what plain steps give bit for bit, also in other threads, and from the third run on there is nothing new to record."""
+    dispatcher, recorder = dispatcher_of(settings), AddressRecorder()
+    expected = run_by(dispatcher, plainly, (3, 4))
+    found = run_by(dispatcher, recorded_by(recorder), (3, 4))
     recorded, replayed = recorder.recorded, recorder.replayed
-    found.append(guided_run(dispatcher, 3))
-    assert recorder.recorded == recorded > 0 and recorder.replayed - replayed == 100
-    assert all(same_bits(got, guided_run(plain, seed)) for got, seed in zip(found, (3, 4, 3), strict=True))
+    found.append(guided_run(dispatcher, 3, steps=24))
+    assert recorder.recorded == recorded > 0 and recorder.replayed - replayed == 48
+    assert all(same_bits(got, expected[which]) for got, which in zip(found, (0, 1, 0), strict=True))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(partial(guided_run, dispatcher, steps=24), (3, 4)))
+    assert all(same_bits(got, wanted) for got, wanted in zip(found, expected, strict=True))
 
 
 def test_a_compiled_step_is_compiled_once() -> None:
     """What it is given at its first call, and from fixed buffers later, is of one kind to torch.compile: two graphs, no break."""
     torch._dynamo.reset()
     counters.clear()
-    dispatcher = dispatcher_of(build("dit", layers=2), AddressRecorder(), SETTINGS[0], compiled=True)
-    first, again = (guided_run(dispatcher, 3, steps=12) for _ in range(2))
+    first, again = run_by(dispatcher_of(SETTINGS[0]), recorded_by(AddressRecorder(), compiled=True), (3, 3), steps=8)
     assert same_bits(first, again) and counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-
-
-def test_threads() -> None:
-    """Each has caches of its own; all outputs of both are kept."""
-    model = build("dit", layers=3)
-    dispatcher, plain = (dispatcher_of(model, one, SETTINGS[0]) for one in (AddressRecorder(), None))
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(partial(guided_run, dispatcher), (3, 4)))
-    assert all(same_bits(got, guided_run(plain, seed)) for got, seed in zip(found, (3, 4), strict=True))
 
 
 def test_weights_that_moved_are_recorded_anew() -> None:
     """As those of a model that left the GPU and is back: the same parameters, other memory."""
-    model, recorder = build("dit", layers=3), AddressRecorder()
-    dispatcher = dispatcher_of(model, recorder, SETTINGS[0])
-    first = [guided_run(dispatcher, 3) for _ in range(2)][-1]
+    dispatcher, recorder = dispatcher_of(SETTINGS[0]), AddressRecorder()
+    _, first = run_by(dispatcher, recorded_by(recorder), (3, 3))
     before = recorder.recorded
-    for parameter in model.parameters():
+    for parameter in dispatcher.model.parameters():
         parameter.data = parameter.data.clone()
-    assert same_bits(guided_run(dispatcher, 3), first) and recorder.recorded > before
+    assert same_bits(guided_run(dispatcher, 3, steps=24), first) and recorder.recorded > before
 
 
 def test_a_step_that_cannot_be_recorded(caplog: pytest.LogCaptureFixture) -> None:
     """It runs launch by launch, and says so once."""
-    recorder = Unrecordable()
-    dispatcher = dispatcher_of(build("dit", layers=3), recorder, SETTINGS[0])
-    first = guided_run(dispatcher, 3)
-    assert same_bits(guided_run(dispatcher, 3), first)
+    dispatcher, recorder = dispatcher_of(SETTINGS[0]), Unrecordable()
+    expected = run_by(dispatcher, plainly, (3,))
+    assert same_bits(run_by(dispatcher, recorded_by(recorder), (3,))[0], expected[0])
     assert recorder.recorded == caplog.text.count("runs without CUDA graphs") == 2
 
 
 def test_inference_mode() -> None:
     """The memory that a step keeps is not of inference mode, where its first run was, so that later ones may write to it."""
+    dispatcher = dispatcher_of(SETTINGS[0])
     with torch.inference_mode():
-        dispatcher = dispatcher_of(build("dit", layers=3), AddressRecorder(), SETTINGS[0])
-        first = guided_run(dispatcher, 3, steps=12)
-    assert same_bits(guided_run(dispatcher, 3, steps=12), first)
+        first = run_by(dispatcher, recorded_by(AddressRecorder()), (3,))
+    assert same_bits(guided_run(dispatcher, 3, steps=24), first[0])

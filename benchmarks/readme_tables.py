@@ -280,6 +280,8 @@ recomputed tokens for the same MACs, and K buys next to nothing.
 
 {pareto("pixart")}
 
+{pareto("video")}
+
 **Who chooses the tokens?** {learned["samples"]} fixed noises, guidance {learned["guidance"]}, {learned["full_steps"]} I-steps of {learned["steps"]}, ratio 0.9, equal keep counts and one selection a \
 guidance pair for all, MACs of the predictor left out. The learned predictor is closest to the uncached run by both measures of deviation; it was trained on guidance pairs and the guided \
 output's error. {frechet_note()}

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -28,32 +29,28 @@ Work = Callable[[], None]
 
 
 class Recorder:
-    """Records work on one device. All its recordings have one scratch memory, so they run one after another.
-
-    Attributes:
-        lock: held while a step is placed, run and its results are copied out.
-    """
+    """Records work on one device. All its recordings have one scratch memory, so they run one after another."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.lock = device, threading.RLock()
+        self.device = device
+        self._lock = threading.RLock()
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
 
-    def enter(self) -> int:
-        """Have the caller's stream wait for whatever ran here last; returns the stream's handle."""
-        stream = torch.cuda.current_stream(self.device)
-        stream.wait_event(self._done)
-        return stream.cuda_stream
-
-    def leave(self) -> None:
-        """What runs here next comes after what the caller's stream has been given."""
-        self._done.record(torch.cuda.current_stream(self.device))
+    @contextmanager
+    def turn(self) -> Iterator[int]:
+        """The caller's turn: what it has its stream do comes after whatever was done here before. Yields the stream's handle."""
+        with self._lock, torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self._done)
+            yield stream.cuda_stream
+            self._done.record(stream)
 
     def record(self, work: Work) -> Work:
         """What does ``work`` again on the same memory. Raises a RuntimeError if it cannot be recorded."""
         graph = torch.cuda.CUDAGraph()
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads go on allocating
             try:
@@ -103,8 +100,7 @@ class RecordedStep:
         values = dict(zip(self._names, tensors, strict=True))
         recorder = self._make_recorder(tensors[0].device)
         # The fixed buffers outlive the call, so they must not be tensors of inference mode.
-        with recorder.lock, torch.inference_mode(False), torch.no_grad():
-            lane = recorder.enter()
+        with recorder.turn() as lane, torch.inference_mode(False), torch.no_grad():
             if self._bindings is None:
                 return self._first(values)
             placed = self._bindings.place(values, lane)
@@ -115,7 +111,6 @@ class RecordedStep:
                 self._plainly(placed)  # whatever is made ready at a first run on such tensors is made outside of a recording
                 self._warm = True
             found = values | placed.results(self._bindings.empty_copies())
-            recorder.leave()
         return [found[name] for name in self._results]
 
     def _first(self, values: dict[str, Tensor]) -> list[Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,13 +27,13 @@ class AddressRecorder:
     """What a CUDA graph keeps of a step is addresses: they are all that its replay is given."""
 
     def __init__(self) -> None:
-        self.lock, self.recorded, self.replayed = threading.RLock(), 0, 0
+        self.recorded = self.replayed = 0
+        self._lock = threading.RLock()
 
-    def enter(self) -> int:
-        return 0
-
-    def leave(self) -> None:
-        pass
+    @contextmanager
+    def turn(self) -> Iterator[int]:
+        with self._lock:
+            yield 0
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         assert isinstance(work, partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,8 @@ class StepTable:
         """The caches of a new request: to be read only, for every request has these, and those that are alike share memory."""
         if device not in self._initial:
             alike: dict[tuple[Any, ...], Tensor] = {}
-            with torch.inference_mode(False):  # they serve calls outside of it too
+            there = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # DLPack takes the current device's alone
+            with torch.inference_mode(False), there:  # they serve calls outside of inference mode too
                 for spec in self.caches:
                     kind = spec.shape, spec.dtype, spec.fill
                     if kind not in alike:

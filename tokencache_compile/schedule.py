@@ -62,8 +62,8 @@ class Schedule:
         """``full_steps`` I-steps of ``steps`` sampling steps, the first and the last among them, at intervals that grow shorter.
 
         I-step j of n stands at 1 − (1 − j/(n − 1))^``power`` of the run: what an early forecast errs, later steps mend; the last ones draw
-        the details. Some models gain by it (the reference PixArt) and others lose (the reference DiT), so it is no default: ``tune`` tries it.
-        A power of 1 is an even spacing.
+        the details. A power of 1 is an even spacing. Some models gain by it and others lose (benchmarks/denser_late.py), so it is no
+        default; ``tune`` tries it.
         """
         if not is_ints((steps, full_steps)) or not 2 <= full_steps <= steps or power < 1:
             raise ConfigError(

@@ -3,7 +3,8 @@
     tensors ──▶ Bindings.place ──▶ the step on fixed addresses: recorded for each new table of addresses, then replayed
 
 Nothing a recording reads or writes moves: what a step takes from the caller is copied into fixed buffers, caches are read where they lie
-and come back to the same few addresses, and weights that moved (a model that left the GPU and is back) are another table.
+and come back to the same few addresses, and weights that moved (a model that left the GPU and is back) are another table. A step's first
+recording is held against the step itself.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tokencache_compile.ir import StepProgram, TensorSpec
 
 _LOG = logging.getLogger(__name__)
 _CAPACITY = 64  # recordings of a step: the tables of a run of as many steps
+_ROUNDING = 1e-2
 Work = Callable[[], None]
 
 
@@ -93,7 +95,7 @@ class RecordedStep:
         self._recordings = Recordings(_CAPACITY, at_once=True)
         self._records = True
         self._bindings: Bindings | None = None
-        self._warm = False
+        self._warm = self._checked = False
 
     def __call__(self, *tensors: Tensor) -> list[Tensor]:
         """The step's outputs and caches, in the order of the caller's stream."""
@@ -137,8 +139,24 @@ class RecordedStep:
     def _recorded(self, placed: Placement, recorder: Recorder) -> Work | None:
         """A recording of the step on these addresses; None where it cannot be recorded, which then stays so."""
         try:
-            return recorder.record(partial(self._plainly, placed))
+            replay = recorder.record(partial(self._plainly, placed))
+            if not self._checked:
+                self._check(placed, replay)
+                self._checked = True
+            return replay
         except RuntimeError as error:
             _LOG.warning("A step runs without CUDA graphs, launch by launch: %s", error)
             self._records = False
             return None
+
+    def _check(self, placed: Placement, replay: Work) -> None:
+        """Raise a RuntimeError unless ``replay`` gives what the step itself does, up to what other kernels may round."""
+        self._plainly(placed)
+        expected = {name: result.clone() for name, result in placed.outputs.items()}
+        for result in placed.outputs.values():
+            result.zero_()
+        replay()
+        for name, wanted in expected.items():
+            difference = (placed.outputs[name].double() - wanted.double()).norm()
+            if not bool(difference <= _ROUNDING * wanted.double().norm()):
+                raise RuntimeError(f"{name} of a replay is not what the step gives")

@@ -62,6 +62,14 @@ class Unrecordable(AddressRecorder):
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
+class Wrong(AddressRecorder):
+    """Its replays do nothing."""
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        return lambda: None
+
+
 class PlainEngine:
     """Runs a step, every result new: without what engines make of it for a CPU."""
 
@@ -138,9 +146,10 @@ def test_weights_that_moved_are_recorded_anew() -> None:
     assert same_bits(guided_run(dispatcher, 3, steps=24), first) and recorder.recorded > before
 
 
-def test_a_step_that_cannot_be_recorded(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("kind", [Unrecordable, Wrong])
+def test_a_step_that_cannot_be_recorded(kind: type[AddressRecorder], caplog: pytest.LogCaptureFixture) -> None:
     """It runs launch by launch, and says so once."""
-    dispatcher, recorder = dispatcher_of(SETTINGS[0]), Unrecordable()
+    dispatcher, recorder = dispatcher_of(SETTINGS[0]), kind()
     expected = run_by(dispatcher, plainly, (3,))
     assert same_bits(run_by(dispatcher, recorded_by(recorder), (3,))[0], expected[0])
     assert recorder.recorded == caplog.text.count("runs without CUDA graphs") == 2

@@ -48,8 +48,8 @@ def test_predicted_bytes_are_what_a_run_allocates(settings: dict[str, Any]) -> N
     predicted = dispatcher.steps.cache_bytes
     for timestep in (900, 800, 700, 600, 500, 400, 300, 200, 100):  # until every older value has moved down once
         step_once(dispatcher, "dit", timestep)
-        if timestep <= 200:
-            assert allocated(dispatcher) == predicted == dispatcher.summary().cache_bytes
+        assert allocated(dispatcher) <= predicted == dispatcher.summary().cache_bytes  # the first caches of a request share memory
+    assert allocated(dispatcher) == predicted
 
 
 def test_a_budget_caches_as_many_first_blocks_as_fit() -> None:

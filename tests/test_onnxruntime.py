@@ -227,11 +227,15 @@ def test_providers(bundle: BundleDispatcher) -> None:
                 OnnxSession(session.path, session.io, provider)
 
 
-def test_products_of_float32_are_rounded_as_torchs(bundle: BundleDispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_float32_are_rounded_as_torchs(bundle: BundleDispatcher) -> None:
     session: OnnxSession = bundle._compiled.full.session  # type: ignore[attr-defined]
-    for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        assert session._options("CUDAExecutionProvider")["use_tf32"] == int(allowed)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            assert session._options("CUDAExecutionProvider")["use_tf32"] == int(allowed)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     assert session._options("CPUExecutionProvider") == {}
 
 

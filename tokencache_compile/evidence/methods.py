@@ -63,8 +63,8 @@ def cached(name: str, config: CacheConfig, artefact: CacheArtefact | None = None
 
 def spacings(steps: int) -> dict[str, Schedule]:
     """I-steps whose runs lie about the speed-ups that methods are compared at."""
-    two_of_three = max(1, round(2 * steps / 3))
-    return {f"{two_of_three} I-steps": Schedule.uniform(steps, two_of_three)} | {
+    many = max(1, round(0.62 * steps))  # for 1.5×: P-steps, and caches to fill, take some time too
+    return {f"{many} I-steps": Schedule.uniform(steps, many)} | {
         f"every {every}": Schedule(every) for every in (2, 3, 4, 5)
     }
 

@@ -215,7 +215,7 @@ def pareto(model: str) -> str:
     metrics = [metric for metric in METRICS if metric.key != "ssim" and any(p.value(metric) is not None for p in found)]
     parts = [
         f"**Beside peers on the {measured['subject']['model']}**: {measured['subject']['steps']} guided {measured['subject']['sampler']} steps, {measured['quality']['samples']} samples, "
-        f"whole runs of {measured['latency']['batch']} samples in turn with the compiled uncached model, medians of {measured['latency']['rounds']} "
+        f"whole runs of {measured['latency']['batch']} sample{'s' * (measured['latency']['batch'] > 1)} in turn with the compiled uncached model, medians of {measured['latency']['rounds']} "
         f"(cache-dit {measured['subject']['cache-dit']}, diffusers {result['environment']['quality']['diffusers']}; each peer in torch.compile or eager, "
         f"whichever is faster; {threads} thread{'s' * (threads != 1)}). Each method's best setting that is at least about so fast; the best of all in bold."
         + (f" The Fréchet distance is that of `benchmarks/frechet.py` at {measured['judges']['samples']:,} samples of the settings that the other tables show." if "judges" in measured else "")
